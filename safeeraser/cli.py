@@ -61,12 +61,15 @@ def _executor(workers: int | None):
     from concurrent.futures import ProcessPoolExecutor
     workers = workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers == 1: return _Inline()
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 
 
-def _one_thread():
+def _quiet_worker():
     import torch
+    from transformers.utils import logging
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 # %% ../nbs/09_cli.ipynb #cell008
 def demo(out: str | Path,                    # folder to fill

@@ -374,7 +374,14 @@ class Encoder:
             raise SafeEraserError("the model's processor has no chat template; save one with it (chat_template.jinja)")
         self._tail = lru_cache(maxsize=2**17)(self._tail)
 
+    def _check_text(self, *texts: str):
+        mark = getattr(self.processor, "image_token", None)
+        for text in texts:
+            if mark and mark in text:
+                raise SafeEraserError(f"{text!r:.80} contains {mark}, which stands for an image; take it out of the text")
+
     def _tail(self, question: str, answer: str) -> tuple[str, int]:
+        self._check_text(question, answer)
         prompt, tail = render_answered(self.processor, question, answer)
         return prompt + tail, count_answer_tokens(self.processor.tokenizer, prompt, tail)
 
@@ -389,6 +396,7 @@ class Encoder:
 
     def prompts(self, items: list[Item]) -> dict:
         "Left-padded prompts for generation, one a row."
+        self._check_text(*(i.question for i in items))
         return self._call([render_prompt(self.processor, i.question) for i in items], [i.image for i in items], "left")
 
     def rows(self, rows: list[Row]) -> dict:

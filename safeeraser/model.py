@@ -7,7 +7,7 @@ __all__ = ['pick_device', 'load_model', 'cpu_threads', 'environment', 'Anatomy',
            'vanilla', 'load_adapter', 'merge_adapter']
 
 # %% ../nbs/02_model.ipynb #cell003
-import platform, re
+import platform, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +98,17 @@ def add_adapter(model: torch.nn.Module,
                 dropout: float = 0.05,   # on the adapter's input, 0 to 1
                 seed: int = 0):          # of the adapter's initial values
     "A PEFT model around `model`: LoRA in the language model, the projector trainable. Defaults are the published ones."
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model),
+    return _adapt(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model),
                                             modules_to_save=[anatomy(model).projector.split(".", 1)[-1]]))
+
+
+def _adapt(model, config):
+    from peft import get_peft_model
+    with warnings.catch_warnings():  # PEFT asks for an attribute that transformers is about to rename
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 # %% ../nbs/02_model.ipynb #cell022
 @contextmanager
@@ -120,7 +127,7 @@ def load_adapter(model: torch.nn.Module,   # the vanilla model
                  run: str | Path,          # a PEFT folder
                  trainable: bool = False):
     "The model with the adapter in `run`; raises `SafeEraserError` where the adapter does not fit it exactly."
-    from peft import get_peft_model, get_peft_model_state_dict, PeftConfig, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
     file = Path(run)/"adapter_model.safetensors"
     if not file.is_file() or not (Path(run)/"adapter_config.json").is_file():
@@ -128,7 +135,7 @@ def load_adapter(model: torch.nn.Module,   # the vanilla model
     try:
         config, weights = PeftConfig.from_pretrained(str(run)), load_file(file)
         config.inference_mode = not trainable
-        adapted = get_peft_model(model, config)
+        adapted = _adapt(model, config)
         expected = set(get_peft_model_state_dict(adapted))
         for problem, keys in (("lacks", expected - set(weights)), ("has the unknown weight", set(weights) - expected)):
             if keys: raise SafeEraserError(f"{file}: {problem} {min(keys)} ({len(keys)} such)")

@@ -47,6 +47,7 @@ class UnlearnConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.cuda.is_available()
         self._n_gpu = min(1, self.n_gpu)  # several GPUs are for torchrun: DataParallel would average what we sum
         if self.lora_r < 1: raise SafeEraserError(f"lora_r={self.lora_r}: a rank is at least 1")
         if not 0 <= self.lora_dropout < 1: raise SafeEraserError(f"lora_dropout={self.lora_dropout}: from 0 to below 1")

@@ -1,0 +1,41 @@
+"""Small fixtures: an untrained tiny LLaVA and a small dataset folder; no base model is trained for these."""
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "`model` and `data` folders; 11 forget items, so that batches of 4 and 8 leave a remainder."
+    import json
+
+    from safeeraser.world import BaseConfig, World, build_model, write_dataset
+    root = tmp_path_factory.mktemp("tiny")
+    model, processor = build_model(BaseConfig(width=32, vision_width=32))
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    data = write_dataset(World(0), root / "world" / "dataset", {"train": 3, "val": 3, "held_out": 2})
+    file = data / "all_train.json"
+    records = json.loads(file.read_text())
+    records[0]["unsafe_pairs"].pop()
+    del records[1]["UnharmPair_image2"]
+    file.write_text(json.dumps(records))
+    (data / "settings.json").write_text(json.dumps({"generate": {"max_new_tokens": 6, "batch_size": 8}}))
+    return SimpleNamespace(root=root, model=root / "model", data=data)
+
+
+@pytest.fixture
+def run_python():
+    "Run a script's text in a new interpreter; returns the finished process."
+    import subprocess
+    import sys
+
+    def run(code: str, *args, env=None, launcher=(), timeout=300):
+        return subprocess.run([sys.executable, *launcher, *(["-c", code] if not launcher else [code]), *map(str, args)],
+                              capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=Path(__file__).parent)
+    return run
