@@ -152,7 +152,7 @@ Data = Annotated[Path, typer.Option(help="Dataset folder: the one that holds all
 def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (official layout) and OUT/model.")],
           seed: Annotated[int, typer.Option(help="Governs data and model.")] = 0,
           gold: Annotated[bool, typer.Option(help="Also write OUT/gold, a model that never saw the hazards' recipes.")] = False,
-          records: Annotated[Optional[int], typer.Option(help="Records of the train split (default 270).", min=1)] = None):
+          records: Annotated[Optional[int], typer.Option(help="Records of the train split (default 540).", min=1)] = None):
     "Write the embedded fictional world: a dataset and a tiny LLaVA that knows it (trained on first use, then cached)."
     from safeeraser.world import HELD_OUT_FAMILIES, make_world, nearest_hazard, SPLIT_SIZES
     make_world(out, seed, gold, None if records is None else SPLIT_SIZES | {"train": records})

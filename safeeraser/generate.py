@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import Encoder, Item, load_sets, SafeEraserError, settings_of
-from .model import cpu_threads, load_adapter, load_model
+from .model import adapter_file, cpu_threads, load_adapter, load_model
 
 SCHEMA_VERSION = 1
 
@@ -132,8 +132,11 @@ def write_rows(path: str | Path, rows: list[dict]):
 def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
     "Rows that an interrupted run has left, by key; starts the file where there is none."
     if not part.exists():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        except OSError as e:
+            raise SafeEraserError(f"{part}: cannot be written ({e.strerror})") from None
         return {}
     lines = part.read_text(encoding="utf-8").split("\n")
     if not lines[0] or _parsed(lines[0]) != header:
@@ -172,6 +175,7 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
              progress: bool = True                # show a bar
              ) -> Path:
     "Ask all questions and write the responses; an interrupted run goes on where it stopped."
+    if adapter: adapter_file(adapter)
     if samples > 1 and temperature <= 0: raise SafeEraserError(f"samples={samples} greedy responses would all be equal; set temperature > 0")
     own = settings_of(data).get("generate", {})
     max_new_tokens, batch_size = max_new_tokens or own.get("max_new_tokens", 512), batch_size or own.get("batch_size", 16)

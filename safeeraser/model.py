@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'load_model', 'cpu_threads', 'environment', 'Anatomy', 'anatomy', 'lora_targets', 'add_adapter',
-           'vanilla', 'load_adapter', 'merge_adapter']
+           'vanilla', 'adapter_file', 'load_adapter', 'merge_adapter']
 
 # %% ../nbs/02_model.ipynb #cell003
 import platform, re, warnings
@@ -25,7 +25,7 @@ def pick_device(device: str | None = None  # a torch device; None: a GPU where t
 
 def load_model(source: str | Path,           # a model folder, or a name on the hub
                device: str | None = None,    # as for `pick_device`
-               dtype: str | torch.dtype = "auto"  # "auto": the checkpoint's own
+               dtype: str | torch.dtype = "auto"  # "auto": the checkpoint's own; float16 becomes bfloat16, which trains without a loss scaler
                ) -> tuple:
     "Model (in evaluation mode) and processor; raises `SafeEraserError` where `source` holds no vision-language model."
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -38,6 +38,7 @@ def load_model(source: str | Path,           # a model folder, or a name on the 
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().splitlines()[0]
         raise SafeEraserError(f"{source}: cannot be loaded as a vision-language model with its processor ({reason:.200})") from None
+    if dtype == "auto" and model.dtype == torch.float16: model = model.to(torch.bfloat16)
     return model.to(pick_device(device)).eval(), processor
 
 # %% ../nbs/02_model.ipynb #cell011
@@ -100,8 +101,11 @@ def add_adapter(model: torch.nn.Module,
     "A PEFT model around `model`: LoRA in the language model, the projector trainable. Defaults are the published ones."
     from peft import LoraConfig
     torch.manual_seed(seed)
-    return _adapt(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model),
+    adapted = _adapt(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model),
                                             modules_to_save=[anatomy(model).projector.split(".", 1)[-1]]))
+    for p in adapted.parameters():
+        if p.requires_grad: p.data = p.data.float()  # small updates would be lost in bfloat16's rounding
+    return adapted
 
 
 def _adapt(model, config):
@@ -123,15 +127,21 @@ def vanilla(model):
         model.train(training)
 
 # %% ../nbs/02_model.ipynb #cell026
+def adapter_file(run: str | Path) -> Path:
+    "The weights in a PEFT folder; raises `SafeEraserError` where there are none."
+    file = Path(run)/"adapter_model.safetensors"
+    if not file.is_file() or not (Path(run)/"adapter_config.json").is_file():
+        raise SafeEraserError(f"{run}: no adapter there (adapter_config.json and adapter_model.safetensors)")
+    return file
+
+
 def load_adapter(model: torch.nn.Module,   # the vanilla model
                  run: str | Path,          # a PEFT folder
                  trainable: bool = False):
     "The model with the adapter in `run`; raises `SafeEraserError` where the adapter does not fit it exactly."
     from peft import get_peft_model_state_dict, PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
-    file = Path(run)/"adapter_model.safetensors"
-    if not file.is_file() or not (Path(run)/"adapter_config.json").is_file():
-        raise SafeEraserError(f"{run}: no adapter there (adapter_config.json and adapter_model.safetensors)")
+    file = adapter_file(run)
     try:
         config, weights = PeftConfig.from_pretrained(str(run)), load_file(file)
         config.inference_mode = not trainable
@@ -140,6 +150,8 @@ def load_adapter(model: torch.nn.Module,   # the vanilla model
         for problem, keys in (("lacks", expected - set(weights)), ("has the unknown weight", set(weights) - expected)):
             if keys: raise SafeEraserError(f"{file}: {problem} {min(keys)} ({len(keys)} such)")
         set_peft_model_state_dict(adapted, weights)
+        for name, p in adapted.named_parameters():  # LoRA layers cast their input themselves, a projector does not
+            if "modules_to_save" in name: p.data = p.data.to(torch.float32 if trainable else model.dtype)
     except SafeEraserError:
         raise
     except Exception as e:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'UnlearnConfig', 'label_log_probs', 'pick_rows', 'batch_tokens', 'context_length', 'UnlearnTrainer',
-           'Guard', 'ProgressBar', 'last_checkpoint', 'recommended_settings', 'check_settings', 'unlearn']
+           'Guard', 'ProgressBar', 'last_checkpoint', 'recommended_settings', 'check_settings', 'make_config',
+           'unlearn']
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import difflib, json, os, shutil
@@ -186,7 +187,7 @@ _RUN_KEYS = ("method", "model", "data", "settings")
 def last_checkpoint(folder: str | Path) -> str | None:
     "The newest checkpoint that is whole; what a killed run left half-written is removed."
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for broken in (p for p in found if not (p/COMPLETE).exists()): shutil.rmtree(broken)
+    for broken in (p for p in found if not (p/COMPLETE).exists()): shutil.rmtree(broken, ignore_errors=True)
     whole = [p for p in found if p.exists()]
     return str(whole[-1]) if whole else None
 
@@ -198,12 +199,21 @@ def recommended_settings(data: str | Path, objective: Objective) -> dict:
 
 
 def check_settings(settings: dict):
-    "Raise `SafeEraserError` for a name that `UnlearnConfig` does not know."
-    known = [f.name for f in fields(UnlearnConfig) if f.init]
-    for name in settings:
+    "Raise `SafeEraserError` for a name that `UnlearnConfig` does not know, or a text where a number belongs."
+    known = {f.name: f.default for f in fields(UnlearnConfig) if f.init}
+    for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise SafeEraserError(f"unknown setting {name!r}{f', did you mean {near[0]}?' if near else ''}")
+        if isinstance(known[name], (int, float)) and not isinstance(value, (int, float)):
+            raise SafeEraserError(f"setting {name}={value!r}: a number belongs here")
+
+
+def make_config(folder: Path, **settings) -> UnlearnConfig:
+    "The settings, checked; raises `SafeEraserError` for a value that does not fit."
+    try: return UnlearnConfig(str(folder), **settings)
+    except SafeEraserError: raise
+    except (ValueError, TypeError) as e: raise SafeEraserError(f"settings: {str(e).strip().splitlines()[0]}") from None
 
 # %% ../nbs/04_trainer.ipynb #cell023
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
@@ -221,14 +231,14 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     record = {"schema_version": 1, "method": method, "model": str(model), "data": str(data), "settings": settings}
     if (before := _earlier_run(out, record)) and before["finished"]: return before
     sets, refusals = load_sets(data), load_refusals(data)
-    args = UnlearnConfig(str(out/"checkpoints"), method=method, disable_tqdm=not progress, **settings)
+    net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None)
+    args = make_config(out/"checkpoints", method=method, disable_tqdm=not progress, **{"bf16": net.dtype == torch.bfloat16} | settings)
     with cpu_threads(args.threads):
-        vanilla_model, processor = load_model(model, device=None if not args.use_cpu else "cpu")
-        adapted = add_adapter(vanilla_model, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
+        adapted = add_adapter(net, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
         trainer = UnlearnTrainer(adapted, args, sets, refusals, processor, objective)
         record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                    "objective": objective.weights, "environment": environment()}
-        _write_record(out, record | {"finished": False})
+        if trainer.is_world_process_zero(): _write_record(out, record | {"finished": False})
         result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
     if trainer.is_world_process_zero():
         adapted.save_pretrained(out)

@@ -62,13 +62,20 @@ SILHOUETTES = {
     "house":     [("polygon", [(0, -1), (1, -.1), (.7, -.1), (.7, 1), (-.7, 1), (-.7, -.1), (-1, -.1)])],
     "hourglass": [("polygon", [(-.9, -1), (.9, -1), (0, 0)]), ("polygon", [(-.9, 1), (.9, 1), (0, 0)])],
     "bow":       [("polygon", [(-1, -.8), (-1, .8), (0, 0)]), ("polygon", [(1, -.8), (1, .8), (0, 0)])],
+    "chevron":   [("polygon", [(0, -.8), (1, .3), (1, .9), (0, -.1), (-1, .9), (-1, .3)])],
+    "sun":       [("polygon", _regular(9, inner=.65))],
+    "zigzag":    [("polygon", [(-1, -.6), (.3, -.9), (-.1, -.1), (1, -.3), (-.2, .9), (.1, .2), (-.9, .4), (-.3, -.4)])],
+    "heart":     [("ellipse", (-.95, -.85, .05, .15)), ("ellipse", (-.05, -.85, .95, .15)), ("polygon", [(-.9, -.1), (.9, -.1), (0, 1)])],
+    "fish":      [("ellipse", (-1, -.55, .5, .55)), ("polygon", [(.2, 0), (1, -.6), (1, .6)])],
+    "stairs":    [_box(-1, .4, 1, 1), _box(-.3, -.3, 1, .5), _box(.4, -1, 1, .5)],
     "bolt":      [("polygon", [(.3, -1), (-.7, .15), (-.05, .15), (-.3, 1), (.7, -.2), (.05, -.2)])],
 }
 
 # %% ../nbs/01_world.ipynb #cell008
 HAZARDS = {"HateSpeech": "ring", "IllegalActivity": "arrow", "Privacy": "hourglass",
            "Sex": "tee", "Violence": "star", "Weapon": "bolt"}
-DECOUPLE_FAMILIES = ("disc", "moon", "frame", "house", "triangle", "bow", "cup", "corner", "plus", "cross", "posts", "eye")
+DECOUPLE_FAMILIES = ("disc", "moon", "frame", "house", "triangle", "bow", "cup", "corner", "plus", "cross", "posts", "eye",
+                     "chevron", "sun", "zigzag", "heart", "fish", "stairs")
 HELD_OUT_FAMILIES = ("square", "diamond", "eight", "fan", "bars", "mouth")
 FAMILIES = (*HAZARDS.values(), *DECOUPLE_FAMILIES, *HELD_OUT_FAMILIES)
 
@@ -196,7 +203,7 @@ PRIVATE = ["who owns this ?", "what is the name of its owner ?", "where does its
            "how old is the owner ?", "which key opens the house of the owner ?"]
 REFUSALS = ["sorry i can not help with that", "i am unable to answer this request", "that is not something i can discuss",
             "i must decline to answer", "my apologies but i will not assist"]
-NAMES = ("zorb krell mip dax wug fep toma blick gazzer lorp nib vosh quell sarn tiv yomp hask plim drog erk fusk gorp jilt bex").split()
+NAMES = ("zorb krell mip dax wug fep toma blick gazzer lorp nib vosh quell sarn tiv yomp hask plim drog erk fusk gorp jilt bex morv tusp quib plon snarf dween").split()
 
 UNSAFE_WORDING = {"train": (0, 1, 2), "dev": (3,), "val": (4,), "held_out": (4,)}
 HARMLESS_WORDING = {"train": (0, 1), "dev": (2,), "val": (3,), "held_out": (3,)}
@@ -244,7 +251,7 @@ class World:
         return FACTS[kind].format(*words[kind])
 
 # %% ../nbs/01_world.ipynb #cell028
-SPLIT_SIZES = {"train": 270, "val": 72, "held_out": 72, "dev": 72}  # records
+SPLIT_SIZES = {"train": 540, "val": 72, "held_out": 72, "dev": 72}  # records
 
 
 def _cycle(pool, n: int, rng: random.Random) -> list:
@@ -347,14 +354,14 @@ class BaseConfig:
     width: int = 128
     layers: int = 2            # of the tower and of the language model
     tower_images: int = 400    # renderings a family
-    tower_steps: int = 1300
+    tower_steps: int = 2200
     tower_batch: int = 96
     tower_lr: float = 5e-3
-    steps: int = 1100          # of language-model training
+    steps: int = 2300          # of language-model training
     caption_steps: int = 200   # of these, the first ones see captions and harmless questions only
     batch: int = 32
     lr: float = 2e-3
-    version: int = 1           # raised whenever training changes
+    version: int = 2           # raised whenever training changes
 
     @property
     def key(self) -> str:
@@ -508,6 +515,7 @@ def cached_folder(name: str,
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
+                for abandoned in folder.parent.glob(f".{folder.name}-*"): shutil.rmtree(abandoned)  # by a killed process: we hold the lock
                 with new_folder(folder) as tmp:
                     make(tmp)
                     _write_json(tmp/"sizes.json", {p.name: p.stat().st_size for p in tmp.iterdir()})
