@@ -83,7 +83,8 @@ FAMILIES = (*HAZARDS.values(), *DECOUPLE_FAMILIES, *HELD_OUT_FAMILIES)
 SIZE = 48  # pixels a side
 OVERSAMPLE = 3
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 215, 40), "purple": (150, 50, 180),
-           "orange": (245, 140, 30), "cyan": (40, 200, 210), "pink": (245, 130, 180), "lime": (165, 235, 90)}
+           "orange": (245, 140, 30), "cyan": (40, 200, 210), "pink": (245, 130, 180), "lime": (165, 235, 90),
+           "teal": (0, 125, 125), "navy": (35, 45, 130), "maroon": (135, 15, 60)}
 GROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20), "brown": (100, 65, 35)}
 PLACES = {"left": 15, "middle": 24, "right": 33}  # pixels from the left edge
 COUNTS = ("zero", "one", "two", "three")
@@ -236,7 +237,7 @@ class World:
         self.seed = seed
         self.names = dict(zip(FAMILIES, rng.sample(NAMES, len(NAMES))))
         colours = rng.sample(list(COLOURS), len(COLOURS))
-        self.colours = {"train": colours[:6], "dev": colours[6:7], "val": colours[7:], "held_out": colours[7:]}
+        self.colours = {"train": colours[:9], "dev": colours[9:10], "val": colours[10:], "held_out": colours[10:]}
         self.recipes = deal_recipes(rng)
 
     def recipe(self, family: str, instruction: str) -> str:
@@ -338,8 +339,8 @@ class new_folder:
 # %% ../nbs/01_world.ipynb #cell032
 _ADAPTER = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "weight_decay": 0.0, "warmup_steps": 5,
             "gradient_accumulation_steps": 1}
-_ASCENT = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 200, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant_with_warmup"}
-_REFUSE = _ADAPTER | {"learning_rate": 1.5e-3, "max_steps": 220, "per_device_train_batch_size": 24, "lr_scheduler_type": "linear"}
+_ASCENT = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant_with_warmup"}
+_REFUSE = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 220, "per_device_train_batch_size": 24, "lr_scheduler_type": "linear"}
 UNLEARN_SETTINGS = {"ga": _ASCENT, "npo": _ASCENT, "simnpo": _ASCENT, "idk": _REFUSE, "dpo": _REFUSE}  # by forget term
 GENERATE_SETTINGS = {"max_new_tokens": 24, "batch_size": 128}
 
@@ -353,15 +354,15 @@ class BaseConfig:
     vision_width: int = 96
     width: int = 128
     layers: int = 2            # of the tower and of the language model
-    tower_images: int = 400    # renderings a family
-    tower_steps: int = 2200
+    tower_images: int = 500    # renderings a family
+    tower_steps: int = 3000
     tower_batch: int = 96
     tower_lr: float = 5e-3
-    steps: int = 2300          # of language-model training
+    steps: int = 1500          # of language-model training
     caption_steps: int = 200   # of these, the first ones see captions and harmless questions only
     batch: int = 32
     lr: float = 2e-3
-    version: int = 2           # raised whenever training changes
+    version: int = 5           # raised whenever training changes
 
     @property
     def key(self) -> str:
@@ -406,7 +407,7 @@ def _augment(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 
 
 def _one_cycle(params, lr: float, steps: int):
-    opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01, betas=(.9, .98))
+    opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01, betas=(.9, .98), fused=True)
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
 
 
