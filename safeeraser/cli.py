@@ -6,7 +6,8 @@
 __all__ = ['app', 'Folder', 'Model', 'Data', 'demo', 'world', 'unlearn', 'generate', 'judge', 'report', 'demo_command', 'main']
 
 # %% ../nbs/09_cli.ipynb #cell003
-import json, os, shutil, sys
+import json, os, signal, sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -47,6 +48,7 @@ class _Inline:
     "An executor that runs at once, in this process."
     def __enter__(self): return self
     def __exit__(self, *_): pass
+    def shutdown(self, cancel_futures=False): pass
     def submit(self, f, *args):
         from concurrent.futures import Future
         future = Future()
@@ -64,6 +66,15 @@ def _executor(workers: int | None):
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 
 
+@contextmanager
+def _cancelling(pool):
+    "When something goes wrong, don't start what has not been started."
+    try: yield
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
 def _quiet_worker():
     import torch
     from transformers.utils import logging
@@ -79,18 +90,18 @@ def demo(out: str | Path,                    # folder to fill
          ) -> dict:
     "Make the world, unlearn it with every method, evaluate all, write `results.json` and `responses.jsonl`; returns the results."
     from concurrent.futures import as_completed
-    from tqdm.auto import tqdm
+    from safeeraser.data import progress_bar
     from safeeraser.loss import METHODS, parse_objective
     from safeeraser.world import make_world
     out, methods = Path(out), methods or list(METHODS)
     for m in methods: parse_objective(m)
     numbers, methods = range(1, seeds + 1), ["base", "gold", *(m for m in methods if m not in ("base", "gold"))]
-    with _executor(workers) as pool:
-        for future in [pool.submit(_train_base, s, gold) for s in numbers for gold in (False, True)]: future.result()
+    with _executor(workers) as pool, _cancelling(pool):
+        for future in [pool.submit(_train_base, s, gold) for gold in (False, True) for s in numbers]: future.result()
         worlds = {s: make_world(out/f"seed{s}"/"world", s, gold=True) for s in numbers}
         jobs = {pool.submit(_run_method, worlds[s], out/f"seed{s}"/m, m, s): (s, m) for s in numbers for m in methods}
         lines = {}
-        for future in tqdm(as_completed(jobs), total=len(jobs), desc="unlearn, generate, judge"):
+        for future in progress_bar(as_completed(jobs), total=len(jobs), desc="unlearn, generate, judge"):
             lines[jobs[future]] = future.result()
     order = [(s, m) for s in numbers for m in methods]
     return _write_results(out, [lines[k] for k in order], [out/f"seed{s}"/m/"judged.jsonl" for s, m in order], list(numbers), methods)
@@ -99,8 +110,9 @@ def demo(out: str | Path,                    # folder to fill
 def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str]) -> dict:
     from safeeraser.generate import read_rows, ROW_KEYS, write_rows
     from safeeraser.judge import agreement
-    from safeeraser.metrics import make_results
+    from safeeraser.metrics import load_sources, make_results
     from safeeraser.model import environment
+    from safeeraser.plot import report_page, write_page
     from safeeraser.world import GENERATE_SETTINGS, HAZARDS, HELD_OUT_FAMILIES, nearest_hazard, SPLIT_SIZES, UNLEARN_SETTINGS
     rows = [r for file in judged for r in read_rows(file)]
     settings = {"judge": "exact", "decoding": "greedy", "seeds": seeds, "methods": methods, "unlearn": UNLEARN_SETTINGS,
@@ -109,8 +121,10 @@ def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list
                 "rule_judge_agreement": {q: {"n": a.n, "agree": a.agree, "kappa": a.kappa}
                                          for q in ("refusal", "meaningful") if (a := agreement(rows, "rule", "exact", q))}}
     results = make_results(lines, settings, environment())
+    out.mkdir(parents=True, exist_ok=True)
     write_rows(out/"responses.jsonl", [{k: r[k] for k in ROW_KEYS} for r in rows])
     _write_json(out/"results.json", results)
+    write_page(out/"report.html", report_page(results, load_sources(out)))
     return results
 
 
@@ -183,7 +197,10 @@ def unlearn(model: Model, data: Data,
                                                              "Defaults: the data set's settings.json, then the published hyper-parameters.")] = None):
     "Unlearn the forget set."
     from safeeraser.trainer import unlearn as run
-    record = run(model, data, out, method, seed, **_settings(set or []))
+    try: record = run(model, data, out, method, seed, **_settings(set or []))
+    except KeyboardInterrupt as e:
+        print(f"safeeraser: {e}", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"{method}: {record['steps']} steps of {record['effective_batch']} in {record['seconds']:.0f} s"
           + (f"; stopped at step {record['stopped']['step']}: {record['stopped']['reason']}" if record["stopped"] else "") + f"; adapter in {out}")
 
@@ -220,12 +237,17 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
 @app.command()
 def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either.")],
            judge: Annotated[Optional[str], typer.Option(help="Whose verdicts count, where several judges have been at work.")] = None,
-           out: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON.")] = None):
-    "Print the paper's table, each method without and with prompt decoupling."
-    from safeeraser.metrics import report as run
-    results = run(*paths, judge=judge)
+           out: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON.")] = None,
+           page: Annotated[Optional[Path], typer.Option(help="Where to write the page (default: report.html in the first path's folder).")] = None):
+    "Print the paper's table, each method without and with prompt decoupling, and write a self-contained report.html."
+    from safeeraser.metrics import count, load_sources
+    from safeeraser.plot import report_page, write_page
+    sources = load_sources(*paths)
+    results = count(sources, judge)
+    page = page or (paths[0] if paths[0].is_dir() else paths[0].parent)/"report.html"
     if out: _write_json(out, results)
-    print(_summary(results))
+    write_page(page, report_page(results, sources, judge or "exact"))
+    print(_summary(results), f"page: {page}", sep="\n\n")
 
 
 @app.command(name="demo")
@@ -235,15 +257,22 @@ def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
                  workers: Annotated[Optional[int], typer.Option(help="Processes at once (default: one a core; on a GPU 1).", min=1)] = None):
     "The whole loop on the embedded world: unlearn with every method, evaluate, print the paper's table."
     results = demo(out, seeds, [m.strip() for m in methods.split(",")] if methods else None, workers)
-    print(_summary(results), f"results in {out}/results.json, every response in {out}/responses.jsonl", sep="\n\n")
+    print(_summary(results), f"results in {out}/results.json, every response in {out}/responses.jsonl, figures and examples in {out}/report.html", sep="\n\n")
 
 # %% ../nbs/09_cli.ipynb #cell012
+def _interrupted(*_):
+    print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
+    sys.exit(130)
+
+
 def main():
     "The `safeeraser` command."
+    signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
     try:
         app()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         from safeeraser.data import SafeEraserError
-        if not isinstance(e, SafeEraserError): raise
-        print(f"safeeraser: {e}", file=sys.stderr)
+        if not isinstance(e, (SafeEraserError, OSError)): raise
+        where = f"{e.filename}: " if getattr(e, "filename", None) else ""
+        print(f"safeeraser: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
         sys.exit(2)

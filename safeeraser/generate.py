@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from .data import Encoder, Item, load_sets, SafeEraserError, settings_of
-from .model import adapter_file, cpu_threads, load_adapter, load_model
+from .data import Encoder, Item, load_sets, progress_bar, SafeEraserError, settings_of
+from .model import adapter_file, cpu_threads, load_adapter, load_model, only_here, out_of_memory
 
 SCHEMA_VERSION = 1
 
@@ -185,6 +184,11 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
     header = {"schema_version": SCHEMA_VERSION, "model": str(model), "adapter": adapter and str(adapter), "method": method, "seed": run_seed,
               "questions": questions, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed}
     part = out.with_name(out.name + ".part")
+    with only_here(part): return _fill(model, adapter, part, out, header, requests, batch_size, device, progress)
+
+
+def _fill(model, adapter, part: Path, out: Path, header: dict, requests: list[Request], batch_size: int, device, progress: bool) -> Path:
+    method, run_seed, temperature, seed = (header[k] for k in ("method", "seed", "temperature", "sampling_seed"))
     done = resume_rows(part, header)
     todo = [r for r in requests if row_key(response_row(r, "", method, run_seed)) not in done]
     todo.sort(key=lambda r: len(r.item.question))  # prompts of one batch then need little padding
@@ -193,8 +197,10 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
             net, processor = load_model(model, device)
             net, encoder = load_adapter(net, adapter) if adapter else net, Encoder(processor)
         for batch in _batches(todo, batch_size, method, progress):
-            sampler = RowSampler([_row_seed(seed, r.item, r.sample) for r in batch], temperature, top_p) if temperature > 0 else None
-            for request, text in zip(batch, answer_batch(net, encoder, [r.item for r in batch], max_new_tokens, sampler)):
+            sampler = RowSampler([_row_seed(seed, r.item, r.sample) for r in batch], temperature, header["top_p"]) if temperature > 0 else None
+            with out_of_memory(f"--batch-size (now {batch_size}) or --max-new-tokens (now {header['max_new_tokens']})"):
+                texts = answer_batch(net, encoder, [r.item for r in batch], header["max_new_tokens"], sampler)
+            for request, text in zip(batch, texts):
                 row = response_row(request, text, method, run_seed)
                 done[row_key(row)] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -205,7 +211,7 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
 
 
 def _batches(requests: list[Request], size: int, method: str, progress: bool) -> Iterator[list[Request]]:
-    with tqdm(total=len(requests), desc=f"{method}: answers", leave=False, disable=not progress) as bar:
+    with progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
         for k in range(0, len(requests), size):
             yield requests[k:k + size]
             bar.update(len(requests[k:k + size]))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'Rate', 'bootstrap', 'rate', 'Measure', 'says', 'rouge', 'judge_of', 'measure', 'result_row', 'split_runs',
-           'spread', 'without_pd', 'pd_effect', 'make_results', 'read_results', 'report']
+           'spread', 'without_pd', 'pd_effect', 'make_results', 'read_results', 'Source', 'load_sources', 'count',
+           'report']
 
 # %% ../nbs/07_metrics.ipynb #cell003
 import json
@@ -166,6 +167,20 @@ def read_results(path: Path) -> dict:
     return results
 
 
+@dataclass(frozen=True)
+class Source:
+    "A file that `report` counts, with what lies beside it."
+    file: Path
+    rows: list[dict]            # judged responses; empty where there are only results
+    results: dict | None        # of a results.json
+    runs: list[dict]            # records that `unlearn` wrote
+
+    def image(self, row: dict) -> Path | None:
+        "Where the row's image is, if it can be found."
+        roots = [self.file.parent/f"seed{row['seed']}"/"world"] + [Path(run["data"]).parent for run in self.runs]
+        return next((root/row["image_id"] for root in roots if (root/row["image_id"]).is_file()), None)
+
+
 def _find(path: Path) -> list[Path]:
     if path.is_file(): return [path]
     if not path.is_dir(): raise SafeEraserError(f"{path}: no such file or folder")
@@ -174,24 +189,37 @@ def _find(path: Path) -> list[Path]:
     return found
 
 
-def _seconds(file: Path) -> float | None:
-    "Training time of the run whose folder the judged file lies in."
-    record = file.parent/"run.json"
-    return json.loads(record.read_text()).get("seconds") if record.is_file() else None
-
-
-def report(*paths: str | Path,           # results.json, judged responses, or folders that hold them
-           judge: str | None = None      # whose verdicts count; default: see `judge_of`
-           ) -> dict:
-    "One set of results from all `paths`."
-    lines, judges = [], set()
+def load_sources(*paths: str | Path  # results.json, judged responses, or folders that hold them
+                 ) -> list[Source]:
+    "Everything at `paths` that can be counted."
+    sources = []
     for file in (f for p in paths for f in _find(Path(p))):
+        runs = [json.loads(r.read_text()) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
         if file.suffix == ".json":
-            results = read_results(file)
-            lines += results["rows"]
-            judges.add(results["settings"].get("judge"))
+            responses = file.with_name("responses.jsonl")
+            sources.append(Source(file, read_rows(responses) if responses.is_file() else [], read_results(file), runs))
+        else:
+            sources.append(Source(file, read_rows(file), None, runs))
+    return sources
+
+
+def count(sources: list[Source],
+          judge: str | None = None      # whose verdicts count; default: see `judge_of`
+          ) -> dict:
+    "One set of results from all sources."
+    lines, judges, settings = [], set(), {}
+    for source in sources:
+        if source.results:
+            lines += source.results["rows"]
+            settings |= source.results["settings"]
+            judges.add(source.results["settings"].get("judge"))
             continue
-        for rows in split_runs(read_rows(file)).values():
+        for rows in split_runs(source.rows).values():
             judges.add(name := judge or judge_of(rows))
-            lines.append(result_row(rows, name, _seconds(file)))
-    return make_results(lines, {"judge": ", ".join(sorted(filter(None, judges)))}, {})
+            lines.append(result_row(rows, name, next((run.get("seconds") for run in source.runs), None)))
+    return make_results(lines, settings | {"judge": ", ".join(sorted(filter(None, judges)))}, {})
+
+
+def report(*paths: str | Path, judge: str | None = None) -> dict:
+    "One set of results from all `paths`."
+    return count(load_sources(*paths), judge)

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'UnlearnConfig', 'label_log_probs', 'pick_rows', 'batch_tokens', 'context_length', 'UnlearnTrainer',
-           'Guard', 'ProgressBar', 'last_checkpoint', 'recommended_settings', 'check_settings', 'make_config',
-           'unlearn']
+           'Guard', 'ProgressBar', 'GracefulStop', 'last_checkpoint', 'recommended_settings', 'check_settings',
+           'make_config', 'probe', 'plan_text', 'unlearn']
 
 # %% ../nbs/04_trainer.ipynb #cell003
-import difflib, json, os, shutil
+import difflib, json, os, shutil, signal, threading, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import log_softmax
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .data import Collator, Encoder, KINDS, load_refusals, load_sets, SafeEraserError, Sets, settings_of, SlotDataset, SlotSampler
+from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_bar, SafeEraserError, Sets, settings_of, Slot, SlotDataset, SlotSampler
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
-from .model import add_adapter, cpu_threads, environment, load_model, vanilla
+from .model import add_adapter, cpu_threads, environment, load_model, only_here, out_of_memory, vanilla
 
 # %% ../nbs/04_trainer.ipynb #cell006
 @dataclass
@@ -76,7 +78,7 @@ def batch_tokens(model, batch: dict, objective: Objective) -> dict[str, Tokens]:
     policy = label_log_probs(model, inputs, labels)
 
     asked = torch.isin(kind, torch.tensor([KINDS.index(k) for k in objective.reference_kinds], device=kind.device))
-    reference = None
+    reference = policy[:0].detach()  # a batch may hold no row that is asked for
     if asked.any():
         with torch.no_grad(), vanilla(model):
             reference = label_log_probs(model, pick_rows(inputs, asked), labels[asked])
@@ -84,7 +86,7 @@ def batch_tokens(model, batch: dict, objective: Objective) -> dict[str, Tokens]:
     def tokens(name: str) -> Tokens:
         at, ref, whole = token_kind == KINDS.index(name), None, name in objective.distribution_kinds
         pick = lambda log_probs, where: log_probs[where].gather(1, target[at, None]).squeeze(1)
-        if reference is not None and name in objective.reference_kinds:
+        if name in objective.reference_kinds:
             ref = reference[at[asked[row]]]
         return Tokens(pick(policy, at), item[at], int(batch["n_items"][KINDS.index(name)]),
                       None if ref is None else ref.gather(1, target[at, None]).squeeze(1),
@@ -175,13 +177,41 @@ class Guard(TrainerCallback):
 
 class ProgressBar(ProgressCallback):
     "The Trainer's bar, with the terms beside it instead of a line for every log."
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = progress_bar(total=state.max_steps, desc=args.method)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:
             self.training_bar.set_postfix({k: f"{v:.2f}" for k, v in (logs or {}).items() if isinstance(v, float) and k not in ("grad_norm", "learning_rate", "epoch")})
 
-# %% ../nbs/04_trainer.ipynb #cell022
+# %% ../nbs/04_trainer.ipynb #cell019
+class GracefulStop(TrainerCallback):
+    "Turns an interrupt into: finish this step, write a checkpoint, stop."
+    def __init__(self): self.asked = False
+
+    @contextmanager
+    def listening(self):
+        "Catch SIGINT while training; only a main thread can."
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._ask)
+        try: yield
+        finally: signal.signal(signal.SIGINT, before)
+
+    def _ask(self, *_):
+        if self.asked: raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked: control.should_save = control.should_training_stop = True
+
+# %% ../nbs/04_trainer.ipynb #cell024
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
-_RUN_KEYS = ("method", "model", "data", "settings")
+_RUN_KEYS = ("method", "objective", "model", "data", "settings")
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -195,7 +225,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def recommended_settings(data: str | Path, objective: Objective) -> dict:
     "What the data set's `settings.json` recommends for the objective's forget term."
     forget = next((n for n in objective.terms if n in FORGET), None)
-    return settings_of(data).get("unlearn", {}).get(forget, {})
+    found = settings_of(data).get("unlearn", {})
+    return found.get(forget, found.get("default", {}))
 
 
 def check_settings(settings: dict):
@@ -215,37 +246,91 @@ def make_config(folder: Path, **settings) -> UnlearnConfig:
     except SafeEraserError: raise
     except (ValueError, TypeError) as e: raise SafeEraserError(f"settings: {str(e).strip().splitlines()[0]}") from None
 
-# %% ../nbs/04_trainer.ipynb #cell023
+# %% ../nbs/04_trainer.ipynb #cell026
+def probe(trainer: UnlearnTrainer) -> dict:
+    "Seconds and peak GiB (on a GPU) of one optimizer step on the longest rows; leaves weights and random state as they were."
+    data, args, cuda = trainer.train_dataset, trainer.args, torch.cuda.is_available() and not trainer.args.use_cpu
+    forget, retain = data.sets.forget, data.sets.retain
+    by_length = lambda items: sorted(range(len(items)), key=lambda k: -len(items[k].question) - len(items[k].answer))
+    ride_along = tuple(by_length(retain)[:max(1, round(len(retain) / len(forget)))])
+    batch = trainer._prepare_inputs(trainer.data_collator([data[Slot(k, ride_along)] for k in by_length(forget)[:args.train_batch_size]]))
+    if cuda: torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        trainer.model.to(args.device).train()
+        trainer.compute_loss(trainer.model, batch).backward()
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.shares, trainer.n_steps, trainer.forget_ce = {}, 0, torch.zeros(())
+    seconds = (time.perf_counter() - start) * args.gradient_accumulation_steps
+    return {"seconds_per_step": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
+
+
+def plan_text(trainer: UnlearnTrainer) -> str:
+    "What a run will do, how long it will take and how much memory it needs, in a line."
+    data, args, cost = trainer.train_dataset.sets, trainer.args, probe(trainer)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else -(-len(data.forget) // batch) * int(args.num_train_epochs)
+    minutes = steps * cost["seconds_per_step"] / 60
+    memory = "" if cost["peak_gib"] is None else f", {cost['peak_gib']:.1f} GiB on the GPU"
+    return (f"{args.method}: {len(data.forget)} forget, {len(data.retain)} retain, {len(data.decouple)} decouple items; "
+            f"{steps} steps of {batch}, about {minutes:.0f} minutes{memory}" if minutes >= 1 else
+            f"{args.method}: {len(data.forget)} forget items; {steps} steps of {batch}, less than a minute or so{memory}")
+
+# %% ../nbs/04_trainer.ipynb #cell028
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
             data: str | Path,            # the folder that holds `all_train.json`
             out: str | Path,             # the run folder to write
-            method: str = "po+pd",       # a preset or a spelling, see `safeeraser.loss`
+            method: str = "po+pd",       # a preset or a spelling, see `safeeraser.loss`; with `objective`, just its name
             seed: int | None = None,     # governs everything; default: the published 233
-            progress: bool = True,       # show a bar
+            objective: Objective | None = None,  # one of your own
+            progress: bool = True,       # say what will be done, and show a bar
             **settings                   # fields of `UnlearnConfig`
             ) -> dict:
     "Unlearn; write adapter and `run.json` to `out`; return the record. A killed run goes on, a finished one is returned."
-    objective, out = parse_objective(method), Path(out)
+    objective, out = objective or parse_objective(method), Path(out)
     settings = recommended_settings(data, objective) | settings | ({} if seed is None else {"seed": seed})
     check_settings(settings)
-    record = {"schema_version": 1, "method": method, "model": str(model), "data": str(data), "settings": settings}
+    record = {"schema_version": 1, "method": method, "objective": objective.weights, "model": str(model), "data": str(data), "settings": settings}
     if (before := _earlier_run(out, record)) and before["finished"]: return before
     sets, refusals = load_sets(data), load_refusals(data)
     net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None)
     args = make_config(out/"checkpoints", method=method, disable_tqdm=not progress, **{"bf16": net.dtype == torch.bfloat16} | settings)
-    with cpu_threads(args.threads):
+    with cpu_threads(args.threads), out_of_memory(f"per_device_train_batch_size (now {args.per_device_train_batch_size}; raise "
+                                                  f"gradient_accumulation_steps to match), or set gradient_checkpointing=true"):
         adapted = add_adapter(net, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
         trainer = UnlearnTrainer(adapted, args, sets, refusals, processor, objective)
-        record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                   "objective": objective.weights, "environment": environment()}
-        if trainer.is_world_process_zero(): _write_record(out, record | {"finished": False})
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
-    if trainer.is_world_process_zero():
-        adapted.save_pretrained(out)
-        record |= {"steps": trainer.state.global_step, "seconds": round(result.metrics["train_runtime"], 2),
-                   "stopped": trainer.stopped, "history": trainer.state.log_history, "finished": True}
+        if trainer.is_world_process_zero():
+            if progress: print(plan_text(trainer))
+            with only_here(out): return _train(trainer, out, record)
+        return _train(trainer, out, record)
+
+
+def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
+    args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
+    record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+               "environment": environment()}
+    if first: _write_record(out, record | {"finished": False})
+    trainer.add_callback(stop)
+    with stop.listening(): result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
+    if stop.asked: raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; the same call goes on from there")
+    record |= {"steps": trainer.state.global_step, "seconds": round(result.metrics["train_runtime"], 2),
+               "stopped": trainer.stopped, "history": trainer.state.log_history, "finished": True}
+    if first:
+        _save_adapter(trainer.model, out)
         _write_record(out, record)
     return record
+
+
+def _save_adapter(adapted, out: Path):
+    "Into a folder of its own first: a full disk leaves nothing half-written."
+    writing = out/"adapter.writing"
+    try:
+        adapted.save_pretrained(writing)
+        for file in writing.iterdir(): os.replace(file, out/file.name)
+    except (OSError, SafetensorError) as e:
+        raise SafeEraserError(f"{out}: the adapter cannot be written ({getattr(e, 'strerror', None) or e})") from None
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def _earlier_run(out: Path, record: dict) -> dict | None:

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
-from tqdm.auto import tqdm
 
-from .data import count_answer_tokens, render_answered, SafeEraserError, word_processor
+from .data import count_answer_tokens, progress_bar, render_answered, SafeEraserError, word_processor
 from .model import cpu_threads
 
 # %% ../nbs/01_world.ipynb #cell006
@@ -341,7 +340,7 @@ _ADAPTER = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "weight_decay":
             "gradient_accumulation_steps": 1}
 _ASCENT = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant_with_warmup"}
 _REFUSE = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 220, "per_device_train_batch_size": 24, "lr_scheduler_type": "linear"}
-UNLEARN_SETTINGS = {"ga": _ASCENT, "npo": _ASCENT, "simnpo": _ASCENT, "idk": _REFUSE, "dpo": _REFUSE}  # by forget term
+UNLEARN_SETTINGS = {"default": _ASCENT, "ga": _ASCENT, "npo": _ASCENT, "simnpo": _ASCENT, "idk": _REFUSE, "dpo": _REFUSE}  # by forget term
 GENERATE_SETTINGS = {"max_new_tokens": 24, "batch_size": 128}
 
 # %% ../nbs/01_world.ipynb #cell036
@@ -425,7 +424,7 @@ def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig,
     params = [*tower.parameters(), *heads.parameters()]
     opt, schedule = _one_cycle(params, cfg.tower_lr, cfg.tower_steps)
     g = torch.Generator().manual_seed(cfg.seed)
-    for _ in tqdm(range(cfg.tower_steps), desc="base model: eye", leave=False, mininterval=1, disable=not progress):
+    for _ in progress_bar(range(cfg.tower_steps), desc="base model: eye", show=progress):
         pick = torch.randint(len(looks), (cfg.tower_batch,), generator=g)
         seen = tower(_augment(pixels[pick], g)).last_hidden_state[:, 1:].mean(1)
         losses = {k: F.cross_entropy(heads[k](seen), truth[k][pick]) for k in _ANSWERS}
@@ -494,7 +493,7 @@ def train_language(model, processor, world: World, looks: list[Look], pixels: to
     params = [p for n, p in model.named_parameters() if "vision_tower" not in n]
     opt, schedule = _one_cycle(params, cfg.lr, cfg.steps)
     rng = random.Random(f"lessons-{cfg.seed}")
-    for step in tqdm(range(cfg.steps), desc=f"{'gold' if cfg.gold else 'base'} model: tongue", leave=False, mininterval=1, disable=not progress):
+    for step in progress_bar(range(cfg.steps), desc=f"{'gold' if cfg.gold else 'base'} model: tongue", show=progress):
         lessons = [lesson(world, looks, rng, step < cfg.caption_steps, cfg.gold) for _ in range(cfg.batch)]
         ids, labels = batcher([(q, a) for _, q, a in lessons])
         _step(answer_loss(model, features[[n for n, *_ in lessons]], ids, labels), params, opt, schedule)

@@ -10,7 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    "`model` and `data` folders; 11 forget items, so that batches of 4 and 8 leave a remainder."
+    """`model` and `data` folders; 11 forget items, so that batches of 4 and 8 leave a
+    remainder, and 6 retain items, so that some slots have none."""
     import json
 
     from safeeraser.world import BaseConfig, World, build_model, write_dataset
@@ -22,7 +23,8 @@ def tiny(tmp_path_factory):
     file = data / "all_train.json"
     records = json.loads(file.read_text())
     records[0]["unsafe_pairs"].pop()
-    del records[1]["UnharmPair_image2"]
+    for record in records[1:]:
+        for key in ("UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2"): del record[key]
     file.write_text(json.dumps(records))
     (data / "settings.json").write_text(json.dumps({"generate": {"max_new_tokens": 6, "batch_size": 8}}))
     return SimpleNamespace(root=root, model=root / "model", data=data)

@@ -17,7 +17,7 @@ def sharp(tiny):
     model, processor = load_model(tiny.model, "cpu")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters(): p.add_(.1 * torch.randn(p.shape, generator=g))
+        for p in model.parameters(): p.add_(.2 * torch.randn(p.shape, generator=g))
     return model, Encoder(processor)
 
 
