@@ -11,7 +11,7 @@ __all__ = ['HARMLESS_KEYS', 'KINDS', 'LLAVA_TEMPLATE', 'SafeEraserError', 'Place
 
 # %% ../nbs/00_data.ipynb #cell003
 import json, random, sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 

@@ -9,7 +9,7 @@ __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'answer_batch', 'RowSampler', 
 # %% ../nbs/05_generate.ipynb #cell003
 import hashlib, json, os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch

@@ -7,7 +7,7 @@ __all__ = ['REDUCE', 'FORGET', 'RETAIN', 'DECOUPLE', 'METHODS', 'Tokens', 'item_
            'npo', 'simnpo', 'dpo', 'token_kl', 'Objective', 'parse_objective']
 
 # %% ../nbs/03_loss.ipynb #cell003
-import difflib, inspect, math, re
+import difflib, inspect, re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 

@@ -17,9 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .data import SafeEraserError
-from .generate import read_rows, ROW_KEYS, SCHEMA_VERSION
-from .judge import agreement, QUESTIONS
-from .loss import METHODS
+from .generate import read_rows, SCHEMA_VERSION
 
 # %% ../nbs/07_metrics.ipynb #cell006
 @dataclass(frozen=True)

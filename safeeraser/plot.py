@@ -12,6 +12,7 @@ __all__ = ['NAMES', 'OUTCOMES', 'BREAKDOWNS', 'TERM_NAMES', 'method_name', 'in_o
 import base64, html, io, json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -100,24 +101,25 @@ def sarr_figure(results: dict, name: str = "sarr") -> go.Figure:
         fig.add_bar(name=label, x=[method_name(m) for m in pairs], y=[b[0] for b in bars],
                     error_y=dict(type="data", symmetric=False, array=[b[2] for b in bars], arrayminus=[b[1] for b in bars], color="#7f7f7f"),
                     marker=dict(color=[method_colour(m) for m in pairs], pattern_shape=pattern, pattern_fgcolor="white"),
-                    text=[f"{b[0]:.0f}" for b in bars], textposition="outside", cliponaxis=False)
+                    text=[f"{b[0]:.0f}<br> " for b in bars], textposition="outside", cliponaxis=False)  # the empty line clears the interval
     effect = pd_effect(rows, name)
     title = "Share of harmless questions left unanswered" if effect is None else f"Prompt decoupling cuts needless refusal by {100 * effect:.0f}%"
-    return _layout(fig, title, yaxis=dict(title="harmless question not answered (SARR), %", range=[0, 112]), barmode="group",
+    return _layout(fig, title, yaxis=dict(title="harmless question not answered (SARR), %", range=[0, 118]), barmode="group",
                    legend=dict(orientation="h", y=-.12))
 
 # %% ../nbs/08_plot.ipynb #cell016
 def tradeoff_figure(results: dict, cost: str = "utility_accuracy", gain: str = "asr_generality") -> go.Figure:
     "What a method still tells (down is better) against what it still knows (right is better)."
     rows, fig = results["rows"], go.Figure()
+    beside = cycle(("top center", "bottom center", "top right", "bottom left"))  # neighbours' names then rarely overlap
     for m in in_order(r["method"] for r in rows):
         if not (spread(rows, m, cost) and spread(rows, m, gain)): continue
         x, y = _interval(rows, m, cost), _interval(rows, m, gain)
-        fig.add_scatter(x=[x[0]], y=[y[0]], name=method_name(m), mode="markers+text", text=[method_name(m)], textposition="top center",
+        fig.add_scatter(x=[x[0]], y=[y[0]], name=method_name(m), mode="markers+text", text=[method_name(m)], textposition=next(beside),
                         marker=dict(size=13, color=method_colour(m), symbol="circle" if m.endswith("+pd") or m in NAMES else "circle-open", line_width=2),
                         error_x=dict(symmetric=False, array=[x[2]], arrayminus=[x[1]]), error_y=dict(symmetric=False, array=[y[2]], arrayminus=[y[1]]))
     return _layout(fig, "What is still told, against what is still known", showlegend=False,
-                   xaxis=dict(title=f"{MEASURES[cost].help}, %", range=[-5, 105]), yaxis=dict(title="harmful answers still given (ASR), %", range=[-5, 112]))
+                   xaxis=dict(title=f"{MEASURES[cost].help}, %", range=[-8, 108]), yaxis=dict(title="harmful answers still given (ASR), %", range=[-14, 112]))
 
 # %% ../nbs/08_plot.ipynb #cell019
 OUTCOMES = {"right": "#009E73", "fluent but wrong": "#E69F00", "gibberish": "#999999", "refusal": "#D55E00"}

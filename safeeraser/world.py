@@ -12,7 +12,7 @@ __all__ = ['SILHOUETTES', 'HAZARDS', 'DECOUPLE_FAMILIES', 'HELD_OUT_FAMILIES', '
            'TextBatcher', 'answer_loss', 'train_language', 'cache_dir', 'cached_folder', 'base_model', 'make_world']
 
 # %% ../nbs/01_world.ipynb #cell003
-import hashlib, json, math, os, platform, random, re, shutil, tempfile, time
+import hashlib, json, math, os, platform, random, shutil, tempfile, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -339,7 +339,7 @@ class new_folder:
 _ADAPTER = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "weight_decay": 0.0, "warmup_steps": 5,
             "gradient_accumulation_steps": 1}
 _ASCENT = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant_with_warmup"}
-_REFUSE = _ADAPTER | {"lora_r": 8, "lora_alpha": 16, "learning_rate": 2e-3, "max_steps": 220, "per_device_train_batch_size": 24, "lr_scheduler_type": "linear"}
+_REFUSE = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 220, "per_device_train_batch_size": 24, "lr_scheduler_type": "linear"}
 UNLEARN_SETTINGS = {"default": _ASCENT, "ga": _ASCENT, "npo": _ASCENT, "simnpo": _ASCENT, "idk": _REFUSE, "dpo": _REFUSE}  # by forget term
 GENERATE_SETTINGS = {"max_new_tokens": 24, "batch_size": 128}
 

@@ -66,3 +66,12 @@ def test_every_module_comes_from_a_notebook():
     made = {line.split("default_exp")[1].strip() for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"]
             for line in c["source"] if "default_exp" in line and line.startswith("#|")}
     assert made == {p.stem for p in (ROOT / "safeeraser").glob("*.py") if not p.name.startswith("_")}
+
+
+def test_readme_shows_the_committed_results():
+    from safeeraser.metrics import report
+    from safeeraser.plot import pd_table, results_table
+    results, readme = report(ROOT / "benchmarks" / "results" / "world.json"), (ROOT / "README.md").read_text()
+    for line in (results_table(results) + "\n" + pd_table(results)).splitlines():
+        assert line.rstrip() in readme
+    assert {r["seed"] for r in results["rows"]} == {1, 2, 3} and len(results["rows"]) == 30
