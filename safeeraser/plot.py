@@ -268,6 +268,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 td:first-child, th:first-child { text-align: left; } .scroll { overflow-x: auto; } tr.pd td { border-bottom: 2px solid var(--line); }
+.scroll td, .scroll th { white-space: nowrap; }
 .said { display: block; text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 9rem; overflow: auto; unicode-bidi: isolate; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; } .pair td { vertical-align: top; }
 .hide { filter: blur(9px); cursor: pointer; } .hide.shown { filter: none; } img { width: 9rem; image-rendering: pixelated; }
@@ -344,7 +345,7 @@ def report_page(results: dict,
     figures = [sarr_figure(results), tradeoff_figure(results)]
     figures += [outcome_figure(rows, judge), breakdown_figure(rows, judge=judge)] if any(outcome(r, judge) for r in rows) else []
     figures += [training_figure(runs[m]) for m in in_order(runs)]
-    drawn = "".join(f.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{n}") for n, f in enumerate(figures) if f.data)
+    drawn = "".join(f.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{n}", config={"displaylogo": False}) for n, f in enumerate(figures) if f.data)
     kappa = lambda a: "" if a["kappa"] is None else f", kappa {a['kappa']:.3f}"
     agreement = "".join(f"<li>rule judge against exact judge, {q}: the same on {100 * a['agree']:.1f}% of {a['n']:,} responses"
                         f"{kappa(a)}</li>"
