@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'OUTCOMES', 'BREAKDOWNS', 'TERM_NAMES', 'method_name', 'in_order', 'results_table', 'pd_table',
            'method_colour', 'sarr_figure', 'tradeoff_figure', 'outcome', 'outcome_shares', 'outcome_figure',
-           'breakdown_figure', 'breakdown_explorer', 'training_figure', 'answers_html', 'explorer', 'table_html',
-           'example_pairs', 'examples_html', 'headline', 'report_page', 'write_page']
+           'breakdown_figure', 'breakdown_explorer', 'training_figure', 'answers_html', 'explorer', 'examples_figure',
+           'table_html', 'example_pairs', 'examples_html', 'headline', 'report_page', 'write_page']
 
 # %% ../nbs/08_plot.ipynb #cell003
 import base64, html, io, json
@@ -236,7 +236,8 @@ def answers_html(rows: list[dict],    # responses of several methods to one ques
     picture = _blurred(f'<img src="{_data_url(Path(root)/first["image_id"])}" width="160" style="image-rendering:pixelated">', blur)
     lines = [f'<tr><td style="padding-right:1em"><b>{html.escape(method_name(r["method"]))}</b></td><td>{_blurred(html.escape(r["response"]) or "<i>nothing</i>", blur and r["method"] == "base")}</td></tr>'
              for r in sorted(rows, key=lambda r: in_order(x["method"] for x in rows).index(r["method"]))]
-    return f'<div style="display:flex;gap:2em"><div>{picture}<p><i>{html.escape(first["question"])}</i></p></div><table>{"".join(lines)}</table></div>'
+    shown = {"forget": "harmful image", "retain": "harmful image, harmless question", "decouple": "safe image"}[first["set"]]
+    return f'<div style="display:flex;gap:2em"><div><b>{shown}</b><br>{picture}<p><i>{html.escape(first["question"])}</i></p></div><table>{"".join(lines)}</table></div>'
 
 
 def explorer(rows: list[dict],     # responses of several methods, as `generate` writes them
@@ -263,6 +264,25 @@ def explorer(rows: list[dict],     # responses of several methods, as `generate`
     return widgets.VBox([which, image, question, view, out])
 
 # %% ../nbs/08_plot.ipynb #cell033
+def _shade_of(row: dict, judge: str) -> str:
+    says = {q: v["value"] for q, v in row["verdicts"].get(judge, {}).items()}
+    return "#f4c7b5" if says.get("unsafe") else "#bfe5d5" if says.get("correct") else "rgba(0,0,0,0)"
+
+
+def examples_figure(rows: list[dict], set: str = "decouple", n: int = 6, judge: str = "exact") -> go.Figure:
+    "Responses of every method to `n` questions of one set, as a table."
+    methods, cut = in_order(r["method"] for r in rows), lambda text: html.escape(text if len(text) < 90 else text[:87] + "...")
+    asked = {}
+    for r in rows:
+        if (r["set"], r["split"], r["sample"]) == (set, "val", 0): asked.setdefault((r["question"], r["image_id"]), {})[r["method"]] = r
+    picked = list(asked.items())[::max(1, len(asked) // n)][:n]
+    columns = [[by.get(m) for _, by in picked] for m in methods]
+    cells = [[cut(q) for (q, _), _ in picked]] + [[cut(r["response"]) if r else "" for r in column] for column in columns]
+    colours = [["rgba(0,0,0,0)"] * len(picked)] + [[_shade_of(r, judge) if r else "rgba(0,0,0,0)" for r in column] for column in columns]
+    fig = go.Figure(go.Table(header=dict(values=["question", *map(method_name, methods)], align="left"), cells=dict(values=cells, fill_color=colours, align="left", height=44)))
+    return _layout(fig, f"What each method says: {len(picked)} questions about {'safe' if set == 'decouple' else 'harmful'} images")
+
+# %% ../nbs/08_plot.ipynb #cell037
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -343,7 +363,7 @@ def report_page(results: dict,
     rows = [r for s in sources for r in s.rows]
     runs = {run["method"]: run for s in sources for run in s.runs if run.get("finished")}
     figures = [sarr_figure(results), tradeoff_figure(results)]
-    figures += [outcome_figure(rows, judge), breakdown_figure(rows, judge=judge)] if any(outcome(r, judge) for r in rows) else []
+    figures += [outcome_figure(rows, judge), breakdown_figure(rows, judge=judge), examples_figure(rows, judge=judge)] if any(outcome(r, judge) for r in rows) else []
     figures += [training_figure(runs[m]) for m in in_order(runs)]
     drawn = "".join(f.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{n}", config={"displaylogo": False}) for n, f in enumerate(figures) if f.data)
     kappa = lambda a: "" if a["kappa"] is None else f", kappa {a['kappa']:.3f}"
