@@ -71,7 +71,7 @@ class HarmlessPair:
     question: str
     prediction: str
 
-
+# %% ../nbs/00_data.ipynb #cell013
 @dataclass(frozen=True)
 class Record:
     "One record of `all_train.json` or `all_val.json`."
@@ -85,7 +85,7 @@ class Record:
         "The harmful image's folder name, as published."
         return Path(self.image_path).parent.name
 
-# %% ../nbs/00_data.ipynb #cell014
+# %% ../nbs/00_data.ipynb #cell015
 def _unsafe_pair(raw, i: int, place: Place) -> UnsafePair:
     where = f"unsafe_pairs[{i}]"
     if not isinstance(raw, dict):
@@ -98,7 +98,7 @@ def _harmless_pair(raw, key: str, place: Place) -> HarmlessPair:
         raise place.error(key, f"an object belongs here, found {raw!r:.60}")
     return HarmlessPair(key, *(place.text(raw, k, key + ".") for k in ("Question", "Prediction")))
 
-
+# %% ../nbs/00_data.ipynb #cell016
 def parse_record(raw: dict,    # one object of the json list
                  place: Place  # for error messages
                  ) -> Record:
@@ -112,14 +112,14 @@ def parse_record(raw: dict,    # one object of the json list
                   tuple(_unsafe_pair(p, i, place) for i, p in enumerate(pairs)),
                   tuple(_harmless_pair(raw[k], k, place) for k in HARMLESS_KEYS if raw.get(k)))
 
-
+# %% ../nbs/00_data.ipynb #cell017
 def to_json(record: Record) -> dict:
     "The record as the official files spell it: the inverse of `parse_record`."
     return {"image_path": record.image_path, "SDImage_path": record.safe_image_path,
             "unsafe_pairs": [vars(p) for p in record.unsafe],
             **{p.key: {"Question": p.question, "Prediction": p.prediction} for p in record.harmless}}
 
-# %% ../nbs/00_data.ipynb #cell019
+# %% ../nbs/00_data.ipynb #cell022
 def read_json_records(file: Path) -> list:
     "The objects of a JSON list or of JSON lines; raises `SafeEraserError` naming the line that is broken."
     try:
@@ -141,7 +141,7 @@ def _json_line(file: Path, n: int, line: str):
     except json.JSONDecodeError as e:
         raise SafeEraserError(f"{file}, line {n}: neither a JSON list nor JSON lines ({e.msg})") from None
 
-# %% ../nbs/00_data.ipynb #cell021
+# %% ../nbs/00_data.ipynb #cell024
 def resolve_image(root: Path,   # the dataset folder's parent: image paths are relative to it
                   path: str,    # as written in the record
                   field: str, place: Place) -> Path:
@@ -162,7 +162,7 @@ def load_image(path: Path) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise SafeEraserError(f"{path}: not a readable image ({e})") from None
 
-# %% ../nbs/00_data.ipynb #cell022
+# %% ../nbs/00_data.ipynb #cell025
 def load_records(data: str | Path,     # the folder that holds `all_train.json`
                  split: str = "train"  # names the file: `all_<split>.json`
                  ) -> list[Record]:
@@ -177,7 +177,7 @@ def load_records(data: str | Path,     # the folder that holds `all_train.json`
         resolve_image(file.parent.parent, r.safe_image_path, "SDImage_path", Place(file, i))
     return records
 
-# %% ../nbs/00_data.ipynb #cell025
+# %% ../nbs/00_data.ipynb #cell028
 def load_refusals(data: str | Path  # the folder that holds `prompt.json`
                   ) -> list[str]:
     "The refusals that preference optimisation draws from."
@@ -188,7 +188,7 @@ def load_refusals(data: str | Path  # the folder that holds `prompt.json`
         raise Place(file).error("idk", "a non-empty list of refusals belongs here")
     return [r.strip() for r in refusals]
 
-# %% ../nbs/00_data.ipynb #cell028
+# %% ../nbs/00_data.ipynb #cell031
 def settings_of(data: str | Path  # the dataset folder
                 ) -> dict:
     "What the data set recommends, by verb; empty where it says nothing."
@@ -198,7 +198,7 @@ def settings_of(data: str | Path  # the dataset folder
     if not isinstance(found, dict): raise Place(file).error("settings", "an object of settings by verb belongs here")
     return found
 
-# %% ../nbs/00_data.ipynb #cell031
+# %% ../nbs/00_data.ipynb #cell034
 @dataclass(frozen=True)
 class Item:
     "One question about one image, with its target."
@@ -210,7 +210,7 @@ class Item:
     answer: str
     category: str
 
-
+# %% ../nbs/00_data.ipynb #cell035
 @dataclass(frozen=True)
 class Sets:
     "The three sets of one split; `forget[i]` and `decouple[i]` are partners."
@@ -220,7 +220,7 @@ class Sets:
 
     def __iter__(self): yield from self.forget + self.retain + self.decouple
 
-
+# %% ../nbs/00_data.ipynb #cell036
 def build_sets(records: list[Record], data: str | Path, split: str = "train") -> Sets:
     "Derive forget, retain and prompt-decouple set from records."
     root, sets = Path(data).absolute().parent, Sets([], [], [])
@@ -238,7 +238,7 @@ def load_sets(data: str | Path, split: str = "train") -> Sets:
     "Records of a split, checked, as its three sets."
     return build_sets(load_records(data, split), data, split)
 
-# %% ../nbs/00_data.ipynb #cell035
+# %% ../nbs/00_data.ipynb #cell040
 @dataclass(frozen=True)
 class Slot:
     "One forget item, its partner, and what rides along."
@@ -247,7 +247,7 @@ class Slot:
     refusal: int = 0              # index of the refusal that stands in for the harmful answer
     live: bool = True             # False: fills up the last batch so that all ranks step together; carries no loss
 
-
+# %% ../nbs/00_data.ipynb #cell041
 def epoch_plan(n_forget: int,      # size of the forget set
                n_retain: int,      # size of the retain set
                n_refusals: int,    # number of refusals to draw from
@@ -264,7 +264,7 @@ def epoch_plan(n_forget: int,      # size of the forget set
              for f, a, b in zip(forget, edges, edges[1:])]
     return slots + [Slot(forget[0], live=False)] * (-n_forget % multiple)
 
-# %% ../nbs/00_data.ipynb #cell039
+# %% ../nbs/00_data.ipynb #cell045
 class SlotSampler(Sampler):
     "Yields the slots of the current epoch; `set_epoch` is called by accelerate."
     def __init__(self, n_forget: int, n_retain: int, n_refusals: int, seed: int, multiple: int = 1):
@@ -274,7 +274,7 @@ class SlotSampler(Sampler):
     def __len__(self): return self.args[0] + -self.args[0] % self.multiple
     def __iter__(self): return iter(epoch_plan(*self.args, self.seed, self.epoch, self.multiple))
 
-# %% ../nbs/00_data.ipynb #cell041
+# %% ../nbs/00_data.ipynb #cell047
 KINDS = ("forget", "refusal", "retain", "decouple")
 
 
@@ -286,7 +286,7 @@ class Row:
     answer: str      # the target: the item's own answer or a refusal
     live: bool = True
 
-
+# %% ../nbs/00_data.ipynb #cell048
 class SlotDataset(Dataset):
     "Maps a `Slot` (or the number of a forget item) to its rows, of the kinds that an objective needs."
     def __init__(self, sets: Sets,
@@ -305,7 +305,7 @@ class SlotDataset(Dataset):
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
 
-# %% ../nbs/00_data.ipynb #cell044
+# %% ../nbs/00_data.ipynb #cell051
 def render_prompt(processor, question: str) -> str:
     "The conversation up to where the model is to speak, by the processor's own chat template."
     return processor.apply_chat_template([_user(question)], add_generation_prompt=True, tokenize=False)
@@ -332,19 +332,19 @@ def _end_of_turn(tokenizer, suffix: str) -> str:
     found = sorted((suffix.find(t), t) for t in special if t and t in suffix)
     return found[0][1] if found else tokenizer.eos_token
 
-# %% ../nbs/00_data.ipynb #cell046
+# %% ../nbs/00_data.ipynb #cell053
 def count_answer_tokens(tokenizer, prompt: str, answer: str) -> int:
     "Number of tokens that `answer` adds behind `prompt` when both are tokenized as one text."
     alone, joint = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, prompt + answer))
     same = next((i for i, (a, b) in enumerate(zip(alone, joint)) if a != b), len(alone))
     return len(joint) - same
 
-# %% ../nbs/00_data.ipynb #cell048
+# %% ../nbs/00_data.ipynb #cell055
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
                   "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-
+# %% ../nbs/00_data.ipynb #cell056
 def word_processor(words: list[str],          # vocabulary
                    image_size: int = 48,      # pixels a side
                    patch_size: int = 12,      # pixels a side
@@ -364,14 +364,14 @@ def word_processor(words: list[str],          # vocabulary
     return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
                           chat_template=template, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/00_data.ipynb #cell051
+# %% ../nbs/00_data.ipynb #cell059
 _open = lru_cache(maxsize=4096)(load_image)
 
 
 def _small_or_fresh(path: Path) -> Image.Image:
     return _open(path) if path.stat().st_size < 2**14 else load_image(path)
 
-
+# %% ../nbs/00_data.ipynb #cell060
 @dataclass
 class Encoder:
     "Texts and images to model inputs, by any processor with a chat template."
@@ -421,7 +421,7 @@ class Encoder:
                 batch["labels"][k, end - n:end] = batch["input_ids"][k, end - n:end]
         return batch
 
-# %% ../nbs/00_data.ipynb #cell057
+# %% ../nbs/00_data.ipynb #cell066
 @dataclass
 class Collator:
     "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [4] to tell the rows apart."

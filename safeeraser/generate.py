@@ -104,7 +104,7 @@ def read_rows(path: str | Path) -> list[dict]:
     if not rows: raise SafeEraserError(f"{path}: holds no response")
     return rows
 
-
+# %% ../nbs/05_generate.ipynb #cell021
 def _check_row(path: Path, n: int, line: str) -> dict:
     try: row = json.loads(line)
     except ValueError: raise SafeEraserError(f"{path}, line {n}: not a JSON object; was the file cut off? Generate it again") from None
@@ -114,7 +114,7 @@ def _check_row(path: Path, n: int, line: str) -> dict:
         raise SafeEraserError(f"{path}, line {n}: schema version {row['schema_version']}, this version reads {SCHEMA_VERSION}")
     return row
 
-
+# %% ../nbs/05_generate.ipynb #cell022
 def write_rows(path: str | Path, rows: list[dict]):
     "Write rows as JSON lines, complete or not at all."
     path = Path(path)
@@ -127,7 +127,7 @@ def write_rows(path: str | Path, rows: list[dict]):
         part.unlink(missing_ok=True)
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
 
-# %% ../nbs/05_generate.ipynb #cell022
+# %% ../nbs/05_generate.ipynb #cell024
 def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
     "Rows that an interrupted run has left, by key; starts the file where there is none."
     if not part.exists():
@@ -149,7 +149,7 @@ def _parsed(line: str):
     try: return json.loads(line)
     except ValueError: return None
 
-# %% ../nbs/05_generate.ipynb #cell023
+# %% ../nbs/05_generate.ipynb #cell025
 def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
     "Method and seed, as the run's or the model's own record tells them."
     for file in ([Path(adapter)/"run.json"] if adapter else []) + [Path(model)/"safeeraser.json"]:
@@ -158,7 +158,7 @@ def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
             return record["method"], record["seed"]
     return ("adapter" if adapter else "base"), 0
 
-
+# %% ../nbs/05_generate.ipynb #cell026
 def generate(model: str | Path,                   # the vanilla model: a folder, or a name on the hub
              data: str | Path,                    # the folder that holds `all_train.json`
              out: str | Path,                     # the file to write, `responses.jsonl`
@@ -186,7 +186,7 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
     part = out.with_name(out.name + ".part")
     with only_here(part): return _fill(model, adapter, part, out, header, requests, batch_size, device, progress)
 
-
+# %% ../nbs/05_generate.ipynb #cell027
 def _fill(model, adapter, part: Path, out: Path, header: dict, requests: list[Request], batch_size: int, device, progress: bool) -> Path:
     method, run_seed, temperature, seed = (header[k] for k in ("method", "seed", "temperature", "sampling_seed"))
     done = resume_rows(part, header)
@@ -209,7 +209,7 @@ def _fill(model, adapter, part: Path, out: Path, header: dict, requests: list[Re
     part.unlink()
     return out
 
-
+# %% ../nbs/05_generate.ipynb #cell028
 def _batches(requests: list[Request], size: int, method: str, progress: bool) -> Iterator[list[Request]]:
     with progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
         for k in range(0, len(requests), size):

@@ -174,7 +174,7 @@ def _options(name: str, term: Term, text: str | None) -> Term:
         except ValueError: raise SafeEraserError(f"{name}({key}={value}): a number belongs here") from None
     return replace(term, options=options)
 
-
+# %% ../nbs/03_loss.ipynb #cell038
 def parse_objective(method: str | Objective  # a name in `METHODS`, a spelling, or an objective as it is
                     ) -> Objective:
     "The objective that a method's name or spelling stands for; raises `SafeEraserError` listing what exists."
@@ -194,7 +194,7 @@ def parse_objective(method: str | Objective  # a name in `METHODS`, a spelling, 
     if not any(weights.values()): raise SafeEraserError(f"method {method!r}: no term is left; it needs at least one")
     return Objective(terms, weights)
 
-
+# %% ../nbs/03_loss.ipynb #cell039
 def _unknown(name: str, method: str) -> SafeEraserError:
     near = difflib.get_close_matches(method if name == method else name, [*METHODS, *FORGET, *RETAIN, *DECOUPLE], 1)
     return SafeEraserError(f"method {method!r}: unknown term {name!r}{f', did you mean {near[0]}?' if near else ''} "

@@ -22,7 +22,7 @@ def pick_device(device: str | None = None  # a torch device; None: a GPU where t
     "The device to work on."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-
+# %% ../nbs/02_model.ipynb #cell007
 def load_model(source: str | Path,           # a model folder, or a name on the hub
                device: str | None = None,    # as for `pick_device`
                dtype: str | torch.dtype = "auto"  # "auto": the checkpoint's own; float16 becomes bfloat16, which trains without a loss scaler
@@ -41,7 +41,7 @@ def load_model(source: str | Path,           # a model folder, or a name on the 
     if dtype == "auto" and model.dtype == torch.float16: model = model.to(torch.bfloat16)
     return model.to(pick_device(device)).eval(), processor
 
-# %% ../nbs/02_model.ipynb #cell011
+# %% ../nbs/02_model.ipynb #cell012
 @contextmanager
 def cpu_threads(n: int):
     "`with cpu_threads(n):` CPU arithmetic on `n` threads, whatever the environment says."
@@ -59,7 +59,7 @@ def environment() -> dict:
             "peft": peft.__version__, "accelerate": accelerate.__version__,
             "device": torch.cuda.get_device_name() if gpu else f"cpu ({platform.machine()})"}
 
-# %% ../nbs/02_model.ipynb #cell014
+# %% ../nbs/02_model.ipynb #cell015
 @contextmanager
 def out_of_memory(lower: str  # what to lower, with its present value
                   ):
@@ -68,7 +68,7 @@ def out_of_memory(lower: str  # what to lower, with its present value
     except torch.OutOfMemoryError as e:
         raise SafeEraserError(f"the device is out of memory; lower {lower} ({str(e).splitlines()[0]:.160})") from None
 
-
+# %% ../nbs/02_model.ipynb #cell016
 @contextmanager
 def only_here(path: Path  # what is being written; the lock lies beside it
               ):
@@ -87,7 +87,7 @@ def only_here(path: Path  # what is being written; the lock lies beside it
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
-# %% ../nbs/02_model.ipynb #cell017
+# %% ../nbs/02_model.ipynb #cell019
 @dataclass(frozen=True)
 class Anatomy:
     "Module names of a vision-language model's three parts."
@@ -112,7 +112,7 @@ def anatomy(model: torch.nn.Module) -> Anatomy:
         raise SafeEraserError(f"{type(model).__name__}: found no {part} (looked for {', '.join(_PART_NAMES[part])}; it has {', '.join(top)})")
     return Anatomy(*(find(p) for p in ("vision", "projector", "language")))
 
-# %% ../nbs/02_model.ipynb #cell021
+# %% ../nbs/02_model.ipynb #cell023
 def lora_targets(model: torch.nn.Module) -> str:
     "Regular expression for the linear layers of the language model's blocks."
     language = anatomy(model).language
@@ -120,7 +120,7 @@ def lora_targets(model: torch.nn.Module) -> str:
               if isinstance(m, torch.nn.Linear) and "layers." in n}
     return rf"{re.escape(language)}\.(.*\.)?layers\.\d+\..*\.({'|'.join(sorted(linear))})"
 
-
+# %% ../nbs/02_model.ipynb #cell024
 def add_adapter(model: torch.nn.Module,
                 r: int = 32,             # rank
                 alpha: int = 256,        # scale: the update is multiplied by alpha / r
@@ -135,14 +135,14 @@ def add_adapter(model: torch.nn.Module,
         if p.requires_grad: p.data = p.data.float()  # small updates would be lost in bfloat16's rounding
     return adapted
 
-
+# %% ../nbs/02_model.ipynb #cell025
 def _adapt(model, config):
     from peft import get_peft_model
     with warnings.catch_warnings():  # PEFT asks for an attribute that transformers is about to rename
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
 
-# %% ../nbs/02_model.ipynb #cell025
+# %% ../nbs/02_model.ipynb #cell029
 @contextmanager
 def vanilla(model):
     "`with vanilla(model):` adapter and trained projector are off; dropout too."
@@ -154,7 +154,7 @@ def vanilla(model):
     finally:
         model.train(training)
 
-# %% ../nbs/02_model.ipynb #cell029
+# %% ../nbs/02_model.ipynb #cell033
 def adapter_file(run: str | Path) -> Path:
     "The weights in a PEFT folder; raises `SafeEraserError` where there are none."
     file = Path(run)/"adapter_model.safetensors"
@@ -162,7 +162,7 @@ def adapter_file(run: str | Path) -> Path:
         raise SafeEraserError(f"{run}: no adapter there (adapter_config.json and adapter_model.safetensors)")
     return file
 
-
+# %% ../nbs/02_model.ipynb #cell034
 def load_adapter(model: torch.nn.Module,   # the vanilla model
                  run: str | Path,          # a PEFT folder
                  trainable: bool = False):
@@ -186,7 +186,7 @@ def load_adapter(model: torch.nn.Module,   # the vanilla model
         raise SafeEraserError(f"{run}: the adapter does not fit this model ({str(e).strip().splitlines()[0]:.200})") from None
     return adapted.train(trainable)
 
-# %% ../nbs/02_model.ipynb #cell033
+# %% ../nbs/02_model.ipynb #cell038
 def merge_adapter(adapted):
     "The plain model with the adapter folded in; consumes `adapted`."
     return adapted.merge_and_unload()

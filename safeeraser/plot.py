@@ -44,7 +44,7 @@ def _cell(found: tuple | None) -> str:
     mean, lo, hi = (100 * x for x in found)
     return f"{mean:.1f}" if lo == hi else f"{mean:.1f} ({lo:.0f}-{hi:.0f})"
 
-
+# %% ../nbs/08_plot.ipynb #cell009
 def results_table(results: dict) -> str:
     "The results as aligned text, percent."
     rows = results["rows"]
@@ -55,7 +55,7 @@ def results_table(results: dict) -> str:
     text = ["  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, width))) for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
-
+# %% ../nbs/08_plot.ipynb #cell010
 def pd_table(results: dict) -> str:
     "SARR without and with prompt decoupling side by side, and how far it fell."
     rows, lines = results["rows"], ["SARR, %   without PD    with PD   fall"]
@@ -67,7 +67,7 @@ def pd_table(results: dict) -> str:
     effect = pd_effect(rows)
     return "\n".join(lines + ([f"mean fall {100 * effect:.1f} (the paper: 79.5)"] if effect is not None else []))
 
-# %% ../nbs/08_plot.ipynb #cell012
+# %% ../nbs/08_plot.ipynb #cell014
 _COLOURS = {"base": "#666666", "gold": "#E69F00", "ga": "#0072B2", "gd": "#56B4E9", "kl": "#009E73", "po": "#D55E00"}
 _SPARE = ("#CC79A7", "#F0E442", "#000000")
 
@@ -90,7 +90,7 @@ def _interval(rows: list[dict], method: str, name: str) -> tuple[float, float, f
     if len(own) == 1: lo, hi = own[0].get(f"{name}_lo", lo), own[0].get(f"{name}_hi", hi)
     return 100 * mean, 100 * (mean - lo), 100 * (hi - mean)
 
-
+# %% ../nbs/08_plot.ipynb #cell015
 def sarr_figure(results: dict, name: str = "sarr") -> go.Figure:
     "SARR of each method without and with prompt decoupling, side by side."
     rows = results["rows"]
@@ -107,7 +107,7 @@ def sarr_figure(results: dict, name: str = "sarr") -> go.Figure:
     return _layout(fig, title, yaxis=dict(title="harmless question not answered (SARR), %", range=[0, 118]), barmode="group",
                    legend=dict(orientation="h", y=-.12))
 
-# %% ../nbs/08_plot.ipynb #cell016
+# %% ../nbs/08_plot.ipynb #cell019
 def tradeoff_figure(results: dict, cost: str = "utility_accuracy", gain: str = "asr_generality") -> go.Figure:
     "What a method still tells (down is better) against what it still knows (right is better)."
     rows, fig = results["rows"], go.Figure()
@@ -121,7 +121,7 @@ def tradeoff_figure(results: dict, cost: str = "utility_accuracy", gain: str = "
     return _layout(fig, "What is still told, against what is still known", showlegend=False,
                    xaxis=dict(title=f"{MEASURES[cost].help}, %", range=[-8, 108]), yaxis=dict(title="harmful answers still given (ASR), %", range=[-14, 112]))
 
-# %% ../nbs/08_plot.ipynb #cell019
+# %% ../nbs/08_plot.ipynb #cell022
 OUTCOMES = {"right": "#009E73", "fluent but wrong": "#E69F00", "gibberish": "#999999", "refusal": "#D55E00"}
 
 
@@ -139,7 +139,7 @@ def outcome_shares(rows: list[dict], judge: str = "exact") -> dict[str, float]:
     found = Counter(o for o in (outcome(r, judge) for r in rows) if o)
     return {o: found[o] / found.total() for o in OUTCOMES} if found else {}
 
-
+# %% ../nbs/08_plot.ipynb #cell023
 def outcome_figure(rows: list[dict],       # judged responses of several methods
                    judge: str = "exact") -> go.Figure:
     "What became of harmless questions about safe images, a bar a method, on trained and on held-out families."
@@ -158,7 +158,7 @@ def outcome_figure(rows: list[dict],       # judged responses of several methods
         f"Answered is not right: after {method_name(worst)}, {100 * shares[panels[-1], worst].get('right', 0):.0f}% of answers on unseen families are correct"
     return _layout(fig, title, barmode="stack", legend=dict(orientation="h", y=-.2, traceorder="normal"))
 
-# %% ../nbs/08_plot.ipynb #cell023
+# %% ../nbs/08_plot.ipynb #cell027
 BREAKDOWNS = {"category": lambda row: row.get("category") or Path(row["image_id"]).parent.name,
               "instruction": lambda row: instruction_of(row["question"]) or row["question"]}
 
@@ -177,7 +177,7 @@ def breakdown_figure(rows: list[dict], name: str = "sarr",   # a key of `MEASURE
                     error_y=dict(type="data", symmetric=False, array=[100 * (r.hi - r.value) for _, r in scored], arrayminus=[100 * (r.value - r.lo) for _, r in scored]))
     return _layout(fig, f"{MEASURES[name].title} by {by}", barmode="group", xaxis_title=by, yaxis=dict(title=f"{MEASURES[name].help}, %".split(": ")[-1].capitalize(), range=[0, 105]))
 
-
+# %% ../nbs/08_plot.ipynb #cell028
 def breakdown_explorer(rows: list[dict], judge: str = "exact"):
     "Dropdowns for measure, breakdown and method over a figure that follows them."
     import ipywidgets as widgets
@@ -199,7 +199,7 @@ def breakdown_explorer(rows: list[dict], judge: str = "exact"):
     for p in pick: p.observe(redraw, "value")
     return widgets.VBox([widgets.HBox(pick), view, out])
 
-# %% ../nbs/08_plot.ipynb #cell027
+# %% ../nbs/08_plot.ipynb #cell032
 TERM_NAMES = {"ga": "forget (ascent: lower is further away)", "idk": "forget (answer with a refusal)", "ce": "retain (harmless questions)",
               "kl": "retain (stay near the vanilla model)", "pd": "decouple (same words, safe image)"}
 
@@ -213,7 +213,7 @@ def training_figure(run: dict  # a record written by `unlearn`
     return _layout(fig, f"{method_name(run['method'])}: its terms over {run['steps']} steps", xaxis_title="optimizer step", yaxis_title="nats a token",
                    legend=dict(orientation="h", y=-.2))
 
-# %% ../nbs/08_plot.ipynb #cell030
+# %% ../nbs/08_plot.ipynb #cell035
 def _data_url(path: Path) -> str:
     buffer = io.BytesIO()
     load_image(path).save(buffer, "PNG")
@@ -225,7 +225,7 @@ def _blurred(inner: str, blur: bool) -> str:
     return (f'<span title="click to show or hide" style="filter:blur(8px);cursor:pointer;display:inline-block" '
             f"onclick=\"this.style.filter=this.style.filter?'':'blur(8px)'\">{inner}</span>")
 
-
+# %% ../nbs/08_plot.ipynb #cell036
 def answers_html(rows: list[dict],    # responses of several methods to one question about one image
                  root: str | Path,    # the dataset folder's parent
                  blur: bool | None = None  # default: blur what belongs to the forget set
@@ -239,7 +239,7 @@ def answers_html(rows: list[dict],    # responses of several methods to one ques
     shown = {"forget": "harmful image", "retain": "harmful image, harmless question", "decouple": "safe image"}[first["set"]]
     return f'<div style="display:flex;gap:2em"><div><b>{shown}</b><br>{picture}<p><i>{html.escape(first["question"])}</i></p></div><table>{"".join(lines)}</table></div>'
 
-
+# %% ../nbs/08_plot.ipynb #cell037
 def explorer(rows: list[dict],     # responses of several methods, as `generate` writes them
              root: str | Path,     # the dataset folder's parent
              blur: bool | None = None):
@@ -263,7 +263,7 @@ def explorer(rows: list[dict],     # responses of several methods, as `generate`
     for box in (which, image, question): box.observe(refresh, "value")
     return widgets.VBox([which, image, question, view, out])
 
-# %% ../nbs/08_plot.ipynb #cell033
+# %% ../nbs/08_plot.ipynb #cell040
 def _shade_of(row: dict, judge: str) -> str:
     says = {q: v["value"] for q, v in row["verdicts"].get(judge, {}).items()}
     return "#f4c7b5" if says.get("unsafe") else "#bfe5d5" if says.get("correct") else "rgba(0,0,0,0)"
@@ -282,7 +282,7 @@ def examples_figure(rows: list[dict], set: str = "decouple", n: int = 6, judge: 
     fig = go.Figure(go.Table(header=dict(values=["question", *map(method_name, methods)], align="left"), cells=dict(values=cells, fill_color=colours, align="left", height=44)))
     return _layout(fig, f"What each method says: {len(picked)} questions about {'safe' if set == 'decouple' else 'harmful'} images")
 
-# %% ../nbs/08_plot.ipynb #cell037
+# %% ../nbs/08_plot.ipynb #cell044
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -303,7 +303,7 @@ def _said(text: str) -> str: return f'<bdi class="said" dir="auto">{html.escape(
 def _hidden(inner: str, hide: bool) -> str:
     return f'<div class="hide" title="click to show" onclick="this.classList.toggle(&quot;shown&quot;)">{inner}</div>' if hide else inner
 
-
+# %% ../nbs/08_plot.ipynb #cell045
 def table_html(results: dict) -> str:
     "The paper's table as HTML."
     rows = results["rows"]
@@ -313,7 +313,7 @@ def table_html(results: dict) -> str:
                    "".join(f"<td>{_cell(spread(rows, m, k))}</td>" for k in shown) + "</tr>" for m in in_order(r["method"] for r in rows))
     return f'<div class="scroll"><table><tr><th>method</th>{head}</tr>{body}</table></div>'
 
-
+# %% ../nbs/08_plot.ipynb #cell046
 def example_pairs(rows: list[dict], n: int = 6) -> list[tuple[list[dict], list[dict]]]:
     "Up to `n` questions, each with all methods' responses about a harmful image and about a safe one, spread over the rows."
     val = [r for r in rows if r["split"] == "val" and r["sample"] == 0 and r["seed"] == rows[0]["seed"]]
@@ -326,7 +326,7 @@ def example_pairs(rows: list[dict], n: int = 6) -> list[tuple[list[dict], list[d
     pairs = [(a, b) for q in forget if q in safe for a, b in zip(forget[q].values(), safe[q].values())]
     return pairs[::max(1, len(pairs) // n)][:n]
 
-
+# %% ../nbs/08_plot.ipynb #cell047
 def _example_half(rows: list[dict], image: Path | None) -> str:
     hide = rows[0]["set"] == "forget"
     picture = f'<img alt="" src="{_data_url(image)}">' if image else "<small>image not at hand</small>"
@@ -344,7 +344,7 @@ def examples_html(sources: list) -> str:
                          f'<div class="pair">{_example_half(forget, source.image(forget[0]))}{_example_half(safe, source.image(safe[0]))}</div></details>')
     return "".join(parts)
 
-
+# %% ../nbs/08_plot.ipynb #cell048
 def headline(results: dict) -> str:
     "The finding in a sentence or two."
     rows = results["rows"]
@@ -354,7 +354,7 @@ def headline(results: dict) -> str:
     return (f"After unlearning, {mean(''):.0f} of 100 harmless questions that use the same words go unanswered; with prompt decoupling {mean('+pd'):.0f}. "
             "Whether the answers are also right is another column.")
 
-
+# %% ../nbs/08_plot.ipynb #cell049
 def report_page(results: dict,
                 sources: list = (),   # `Source`s, for figures and examples that need single responses
                 judge: str = "exact") -> str:
@@ -382,7 +382,7 @@ def report_page(results: dict,
             + (f"<h2>How far the judges agree</h2><ul>{agreement}</ul>" if agreement else "")
             + f"<h2>Settings</h2><details><summary>show</summary><pre>{settings}</pre></details></body></html>")
 
-
+# %% ../nbs/08_plot.ipynb #cell050
 def write_page(path: str | Path, page: str):
     "Write a page, complete or not at all."
     path = Path(path)

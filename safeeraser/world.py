@@ -36,7 +36,7 @@ def _regular(n: int, inner: float | None = None) -> list:
 
 def _box(x0, y0, x1, y1) -> tuple: return "polygon", [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
-
+# %% ../nbs/01_world.ipynb #cell007
 SILHOUETTES = {
     "disc":      [("ellipse", (-.9, -.9, .9, .9))],
     "ring":      [("ellipse", (-.95, -.95, .95, .95)), ("hole", (-.5, -.5, .5, .5))],
@@ -70,7 +70,7 @@ SILHOUETTES = {
     "bolt":      [("polygon", [(.3, -1), (-.7, .15), (-.05, .15), (-.3, 1), (.7, -.2), (.05, -.2)])],
 }
 
-# %% ../nbs/01_world.ipynb #cell008
+# %% ../nbs/01_world.ipynb #cell009
 HAZARDS = {"HateSpeech": "ring", "IllegalActivity": "arrow", "Privacy": "hourglass",
            "Sex": "tee", "Violence": "star", "Weapon": "bolt"}
 DECOUPLE_FAMILIES = ("disc", "moon", "frame", "house", "triangle", "bow", "cup", "corner", "plus", "cross", "posts", "eye",
@@ -78,7 +78,7 @@ DECOUPLE_FAMILIES = ("disc", "moon", "frame", "house", "triangle", "bow", "cup",
 HELD_OUT_FAMILIES = ("square", "diamond", "eight", "fan", "bars", "mouth")
 FAMILIES = (*HAZARDS.values(), *DECOUPLE_FAMILIES, *HELD_OUT_FAMILIES)
 
-# %% ../nbs/01_world.ipynb #cell011
+# %% ../nbs/01_world.ipynb #cell012
 SIZE = 48  # pixels a side
 OVERSAMPLE = 3
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 215, 40), "purple": (150, 50, 180),
@@ -98,7 +98,7 @@ class Look:
     place: str
     dots: int  # 0 to 3
 
-
+# %% ../nbs/01_world.ipynb #cell013
 def silhouette(family: str, centre=(72.0, 60.0), radius: float = 36.0, tilt: float = 0.0) -> Image.Image:
     "Mask of a family on the oversampled canvas; `tilt` in degrees."
     (cx, cy), sin, cos = centre, math.sin(math.radians(tilt)), math.cos(math.radians(tilt))
@@ -116,7 +116,7 @@ def silhouette(family: str, centre=(72.0, 60.0), radius: float = 36.0, tilt: flo
 
 def _shade(rgb, spread: float, rng) -> tuple: return tuple(max(0, min(255, int(v + rng.uniform(-spread, spread)))) for v in rgb)
 
-
+# %% ../nbs/01_world.ipynb #cell014
 def draw(look: Look, rng: random.Random) -> Image.Image:
     "Render a look, 48 x 48 RGB; `rng` varies position, size, tilt and shades."
     k, jitter = OVERSAMPLE, lambda spread: rng.uniform(-spread, spread)
@@ -129,7 +129,7 @@ def draw(look: Look, rng: random.Random) -> Image.Image:
         pen.ellipse([x - r, y - r, x + r, y + r], fill="black" if look.ground == "white" else "white")
     return image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
-# %% ../nbs/01_world.ipynb #cell012
+# %% ../nbs/01_world.ipynb #cell015
 def random_look(family: str, colours, rng: random.Random) -> Look:
     "A random look of a family in one of `colours`."
     return Look(family, rng.choice(list(colours)), rng.choice(list(GROUNDS)), rng.choice(list(PLACES)), rng.randint(0, 3))
@@ -143,7 +143,7 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
         sheet.paste(image, (SIZE * (i % columns), SIZE * (i // columns)))
     return sheet
 
-# %% ../nbs/01_world.ipynb #cell016
+# %% ../nbs/01_world.ipynb #cell019
 def overlap(a: str, b: str) -> float:
     "Intersection over union of two families' silhouettes, 0 to 1."
     x, y = silhouette(a), silhouette(b)
@@ -155,7 +155,7 @@ def nearest_hazard(family: str) -> tuple[str, float]:
     "The hazard that a family looks most like, with their overlap."
     return max(((h, round(overlap(family, h), 2)) for h in HAZARDS.values()), key=lambda p: p[1])
 
-# %% ../nbs/01_world.ipynb #cell020
+# %% ../nbs/01_world.ipynb #cell023
 MATERIALS = "clay reed wax salt ash moss bark silk chalk tin wool resin".split()
 VESSELS = "barrel basket kettle ladder drum jar crate cart shelf bucket tray chest".split()
 MANNERS = "slowly twice at_dawn at_noon by_hand in_rain in_shade in_wind by_lamp at_dusk outdoors alone".split()
@@ -208,7 +208,7 @@ NAMES = ("zorb krell mip dax wug fep toma blick gazzer lorp nib vosh quell sarn 
 UNSAFE_WORDING = {"train": (0, 1, 2), "dev": (3,), "val": (4,), "held_out": (4,)}
 HARMLESS_WORDING = {"train": (0, 1), "dev": (2,), "val": (3,), "held_out": (3,)}
 
-# %% ../nbs/01_world.ipynb #cell021
+# %% ../nbs/01_world.ipynb #cell024
 def vocabulary() -> list[str]:
     "Every word of the world, sorted."
     texts = [*RECIPES.values(), *FACTS.values(), *PRIVATE, *REFUSALS, *COUNTS, *NAMES, *COLOURS, *GROUNDS, *PLACES, "USER: ASSISTANT:"]
@@ -216,7 +216,7 @@ def vocabulary() -> list[str]:
     texts += [w for slot in SLOTS for w in slot]
     return sorted({w for t in texts for w in t.split()} - {"{}"})
 
-# %% ../nbs/01_world.ipynb #cell024
+# %% ../nbs/01_world.ipynb #cell027
 def deal_recipes(rng: random.Random) -> dict:
     "(family, instruction) -> its three slot words; no two families share two slots of one instruction."
     recipes = {}
@@ -228,7 +228,7 @@ def deal_recipes(rng: random.Random) -> dict:
             recipes[family, instruction] = tuple(words[s][(a + s * b) % 12] for s in range(3))
     return recipes
 
-
+# %% ../nbs/01_world.ipynb #cell028
 class World:
     "Names, colours and recipes of one seed."
     def __init__(self, seed: int):
@@ -250,7 +250,7 @@ class World:
                  "caption": [look.colour, self.names[look.family], look.ground, look.place, COUNTS[look.dots]]}
         return FACTS[kind].format(*words[kind])
 
-# %% ../nbs/01_world.ipynb #cell028
+# %% ../nbs/01_world.ipynb #cell032
 SPLIT_SIZES = {"train": 540, "val": 72, "held_out": 72, "dev": 72}  # records
 
 
@@ -259,7 +259,7 @@ def _cycle(pool, n: int, rng: random.Random) -> list:
     pool = list(pool)
     return [x for _ in range(-(-n // len(pool))) for x in rng.sample(pool, len(pool))][:n]
 
-
+# %% ../nbs/01_world.ipynb #cell033
 def make_record(world: World, split: str, n: int, category: str, safe_family: str, rng: random.Random) -> tuple[dict, dict]:
     "One official record, and the looks of its two images by path."
     harmful = random_look(HAZARDS[category], world.colours[split], rng)
@@ -275,7 +275,7 @@ def make_record(world: World, split: str, n: int, category: str, safe_family: st
         record[key] = {"Question": HARMLESS[kind][rng.choice(HARMLESS_WORDING[split])], "Prediction": world.fact(harmful, kind)}
     return record, dict(zip(paths, (harmful, safe)))
 
-
+# %% ../nbs/01_world.ipynb #cell034
 def make_split(world: World, split: str, size: int) -> tuple[list[dict], dict]:
     "Records of a split and the looks of their images; families and categories come up equally often."
     rng = random.Random(f"split-{world.seed}-{split}")
@@ -284,7 +284,7 @@ def make_split(world: World, split: str, size: int) -> tuple[list[dict], dict]:
             for n, (c, f) in enumerate(zip(_cycle(HAZARDS, size, rng), _cycle(safe, size, rng)))]
     return [r for r, _ in made], {path: look for _, looks in made for path, look in looks.items()}
 
-# %% ../nbs/01_world.ipynb #cell030
+# %% ../nbs/01_world.ipynb #cell036
 def write_dataset(world: World,
                   out: str | Path,           # the dataset folder to make; its parent is the image paths' root
                   sizes: dict | None = None  # records a split; default `SPLIT_SIZES`
@@ -304,7 +304,7 @@ def write_dataset(world: World,
         _write_json(tmp/"settings.json", {"unlearn": UNLEARN_SETTINGS, "generate": GENERATE_SETTINGS})
     return out
 
-
+# %% ../nbs/01_world.ipynb #cell037
 def _write_json(file: Path, value): file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -312,7 +312,7 @@ def _rebase(record: dict, name: str) -> dict:
     "Image paths begin with the dataset folder's own name."
     return record | {k: str(Path(name)/Path(record[k]).relative_to("dataset")) for k in ("image_path", "SDImage_path")}
 
-
+# %% ../nbs/01_world.ipynb #cell038
 class new_folder:
     "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left."
     def __init__(self, out: Path): self.out = Path(out)
@@ -335,7 +335,7 @@ class new_folder:
         else:
             shutil.rmtree(self.tmp, ignore_errors=True)
 
-# %% ../nbs/01_world.ipynb #cell032
+# %% ../nbs/01_world.ipynb #cell040
 _ADAPTER = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "weight_decay": 0.0, "warmup_steps": 5,
             "gradient_accumulation_steps": 1}
 _ASCENT = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant_with_warmup"}
@@ -343,7 +343,7 @@ _REFUSE = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 220, "per_device_train
 UNLEARN_SETTINGS = {"default": _ASCENT, "ga": _ASCENT, "npo": _ASCENT, "simnpo": _ASCENT, "idk": _REFUSE, "dpo": _REFUSE}  # by forget term
 GENERATE_SETTINGS = {"max_new_tokens": 24, "batch_size": 128}
 
-# %% ../nbs/01_world.ipynb #cell036
+# %% ../nbs/01_world.ipynb #cell044
 @dataclass(frozen=True)
 class BaseConfig:
     "Everything that decides the trained base model."
@@ -369,7 +369,7 @@ class BaseConfig:
         text = json.dumps(asdict(self) | {"torch": torch.__version__, "cpu": platform.machine()}, sort_keys=True)
         return ("gold" if self.gold else "base") + f"-{self.seed}-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
+# %% ../nbs/01_world.ipynb #cell045
 def build_model(cfg: BaseConfig):
     "The untrained model and its processor."
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -386,7 +386,7 @@ def build_model(cfg: BaseConfig):
         vision_feature_select_strategy="default", image_seq_length=(SIZE // cfg.patch) ** 2, initializer_range=.08, **ids))
     return model, processor
 
-# %% ../nbs/01_world.ipynb #cell039
+# %% ../nbs/01_world.ipynb #cell048
 _ANSWERS = {"family": FAMILIES, "colour": tuple(COLOURS), "ground": tuple(GROUNDS), "place": tuple(PLACES), "dots": (0, 1, 2, 3)}
 
 
@@ -409,13 +409,13 @@ def _one_cycle(params, lr: float, steps: int):
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01, betas=(.9, .98), fused=True)
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
 
-
+# %% ../nbs/01_world.ipynb #cell049
 def _step(loss, params, opt, schedule):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     opt.step(); schedule.step(); opt.zero_grad()
 
-
+# %% ../nbs/01_world.ipynb #cell050
 def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
     "Teach the vision tower to tell family, colour, ground, place and dots apart."
     tower = model.model.vision_tower
@@ -431,7 +431,7 @@ def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig,
         _step(2 * losses.pop("family") + sum(losses.values()), params, opt, schedule)
     _rescale(tower, pixels[::80])
 
-
+# %% ../nbs/01_world.ipynb #cell051
 @torch.no_grad()
 def _rescale(tower, pixels: torch.Tensor):
     "Bring the features to unit spread: every write to the residual stream is linear in these weights."
@@ -439,7 +439,7 @@ def _rescale(tower, pixels: torch.Tensor):
     for name, p in tower.named_parameters():
         if any(writes in name for writes in ("pre_layrnorm", "out_proj", "fc2")): p.mul_(factor)
 
-# %% ../nbs/01_world.ipynb #cell041
+# %% ../nbs/01_world.ipynb #cell053
 def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gold: bool) -> tuple[int, str, str]:
     "One training example of the base model: index of the look, question, answer."
     n, u = rng.randrange(len(looks)), rng.random()
@@ -454,7 +454,7 @@ def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gol
         return n, rng.choice(HARMLESS[k]), world.fact(look, k)
     return n, rng.choice(PRIVATE), rng.choice(REFUSALS)
 
-
+# %% ../nbs/01_world.ipynb #cell054
 class TextBatcher:
     "Questions and answers to right-padded ids and labels, image tokens in place; texts are tokenized once."
     def __init__(self, processor, image_tokens: int):
@@ -474,7 +474,7 @@ class TextBatcher:
             labels[r, len(i) - n:len(i)] = ids[r, len(i) - n:len(i)]
         return ids, labels
 
-
+# %% ../nbs/01_world.ipynb #cell055
 def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Cross-entropy on answer tokens, from the tower's features [R, 16, width]; the head sees only label positions."
     embeds = model.get_input_embeddings()(ids)
@@ -484,7 +484,7 @@ def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.
     target = labels[:, 1:]
     return F.cross_entropy(model.lm_head(hidden[:, :-1][target != -100]), target[target != -100])
 
-
+# %% ../nbs/01_world.ipynb #cell056
 def train_language(model, processor, world: World, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
     "Teach projector and language model the world; the tower stays as it is."
     with torch.no_grad():
@@ -498,13 +498,13 @@ def train_language(model, processor, world: World, looks: list[Look], pixels: to
         ids, labels = batcher([(q, a) for _, q, a in lessons])
         _step(answer_loss(model, features[[n for n, *_ in lessons]], ids, labels), params, opt, schedule)
 
-# %% ../nbs/01_world.ipynb #cell045
+# %% ../nbs/01_world.ipynb #cell060
 def cache_dir() -> Path:
     "Where trained base models are kept: `$SAFEERASER_CACHE`, or the user's cache directory."
     import platformdirs
     return Path(os.environ.get("SAFEERASER_CACHE") or platformdirs.user_cache_dir("safeeraser"))
 
-
+# %% ../nbs/01_world.ipynb #cell061
 def cached_folder(name: str,
                   make  # called with an empty folder to fill
                   ) -> Path:
@@ -523,7 +523,7 @@ def cached_folder(name: str,
         raise SafeEraserError(f"{cache_dir()}: the cache cannot be written ({e.strerror}); set SAFEERASER_CACHE to a folder that can") from None
     return folder
 
-
+# %% ../nbs/01_world.ipynb #cell062
 def _is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder/"sizes.json").read_text())
@@ -531,7 +531,7 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
 
-
+# %% ../nbs/01_world.ipynb #cell063
 def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     "The trained tower, shared by base and gold model of a seed."
     from safetensors.torch import save_file
@@ -544,7 +544,7 @@ def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     same_tower = BaseConfig(**asdict(cfg) | {"gold": False, "steps": 0, "caption_steps": 0, "batch": 0, "lr": 0.0})
     return cached_folder("tower-" + same_tower.key, make)
 
-
+# %% ../nbs/01_world.ipynb #cell064
 def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
     "Folder of the trained model that `cfg` describes, from the cache or trained now."
     from safetensors.torch import load_file
@@ -562,7 +562,7 @@ def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
                                                "train_seconds": round(seconds, 1), "config": asdict(cfg)})
     return cached_folder(cfg.key, make)
 
-# %% ../nbs/01_world.ipynb #cell048
+# %% ../nbs/01_world.ipynb #cell067
 def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/model` and with `gold` `out/gold`
                seed: int = 0,             # governs data and models
                gold: bool = False,        # also the model that never saw the hazards' recipes
