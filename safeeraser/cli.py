@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/09_cli.ipynb #cell006
+# %% ../nbs/09_cli.ipynb #cell007
 def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None) -> Path:
     "Generate and judge, by rules and exactly; returns the judged file."
     from safeeraser.generate import generate
@@ -28,7 +28,7 @@ def _train_base(seed: int, gold: bool):
     from safeeraser.world import base_model, BaseConfig
     base_model(BaseConfig(seed=seed, gold=gold), progress=not gold)
 
-# %% ../nbs/09_cli.ipynb #cell007
+# %% ../nbs/09_cli.ipynb #cell009
 def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     "One line of the table: unlearn (unless `method` is base or gold), generate, judge, count."
     from safeeraser.metrics import report
@@ -43,7 +43,7 @@ def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     judged = _evaluate(model, world/"dataset", folder, adapter)
     return report(judged, judge="exact")["rows"][0] | {"seconds": seconds}
 
-# %% ../nbs/09_cli.ipynb #cell008
+# %% ../nbs/09_cli.ipynb #cell010
 class _Inline:
     "An executor that runs at once, in this process."
     def __enter__(self): return self
@@ -56,7 +56,7 @@ class _Inline:
         except Exception as e: future.set_exception(e)
         return future
 
-# %% ../nbs/09_cli.ipynb #cell009
+# %% ../nbs/09_cli.ipynb #cell011
 def _executor(workers: int | None):
     "Processes with one thread each; on a GPU, or with one worker, this process."
     import multiprocessing, torch
@@ -74,7 +74,7 @@ def _cancelling(pool):
         pool.shutdown(cancel_futures=True)
         raise
 
-# %% ../nbs/09_cli.ipynb #cell010
+# %% ../nbs/09_cli.ipynb #cell013
 def _quiet_worker():
     import torch
     from transformers.utils import logging
@@ -82,7 +82,7 @@ def _quiet_worker():
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-# %% ../nbs/09_cli.ipynb #cell011
+# %% ../nbs/09_cli.ipynb #cell014
 def demo(out: str | Path,                    # folder to fill
          seeds: int = 1,                     # seeds 1 to this
          methods: list[str] | None = None,   # default: the eight presets
@@ -106,7 +106,7 @@ def demo(out: str | Path,                    # folder to fill
     order = [(s, m) for s in numbers for m in methods]
     return _write_results(out, [lines[k] for k in order], [out/f"seed{s}"/m/"judged.jsonl" for s, m in order], list(numbers), methods)
 
-# %% ../nbs/09_cli.ipynb #cell012
+# %% ../nbs/09_cli.ipynb #cell016
 def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str]) -> dict:
     from safeeraser.generate import read_rows, ROW_KEYS, write_rows
     from safeeraser.judge import agreement
@@ -127,7 +127,7 @@ def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list
     write_page(out/"report.html", report_page(results, load_sources(out)))
     return results
 
-# %% ../nbs/09_cli.ipynb #cell013
+# %% ../nbs/09_cli.ipynb #cell017
 def _write_json(path: Path, value):
     from safeeraser.data import SafeEraserError
     part = path.with_name(f".{path.name}.writing")
@@ -137,7 +137,7 @@ def _write_json(path: Path, value):
     except OSError as e:
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
 
-# %% ../nbs/09_cli.ipynb #cell014
+# %% ../nbs/09_cli.ipynb #cell019
 def _summary(results: dict) -> str:
     "What a person wants to read at the end."
     from safeeraser.plot import pd_table, results_table
@@ -153,7 +153,7 @@ def _summary(results: dict) -> str:
         parts.append(f"rule judge against exact judge, {q}: agree on {100 * a['agree']:.1f}% of {a['n']} responses (kappa {kappa})")
     return "\n\n".join(parts)
 
-# %% ../nbs/09_cli.ipynb #cell016
+# %% ../nbs/09_cli.ipynb #cell021
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Multimodal safety unlearning: make a vision-language model forget how to answer harmful questions, and measure what else it lost.")
 
@@ -174,7 +174,7 @@ def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (o
     print("held-out families, each with its nearest hazard and their overlap (0 to 1): " +
           ", ".join(f"{f}: {h} {o:.2f}" for f in HELD_OUT_FAMILIES for h, o in [nearest_hazard(f)]))
 
-# %% ../nbs/09_cli.ipynb #cell017
+# %% ../nbs/09_cli.ipynb #cell022
 def _value(text: str):
     "A setting's value as JSON where it is JSON, else as text."
     try: return json.loads(text)
@@ -187,7 +187,7 @@ def _settings(pairs: list[str]) -> dict:
         if "=" not in p: raise SafeEraserError(f"--set {p}: name=value belongs here, such as --set learning_rate=1e-4")
     return {name.strip(): _value(value.strip()) for name, _, value in (p.partition("=") for p in pairs)}
 
-# %% ../nbs/09_cli.ipynb #cell018
+# %% ../nbs/09_cli.ipynb #cell024
 @app.command()
 def unlearn(model: Model, data: Data,
             method: Annotated[str, typer.Option(help="A preset (ga gd kl po, each also with +pd) or a spelling such as 'npo(beta=0.1) + kl + 0.5 pd'.")],
@@ -204,7 +204,7 @@ def unlearn(model: Model, data: Data,
     print(f"{method}: {record['steps']} steps of {record['effective_batch']} in {record['seconds']:.0f} s"
           + (f"; stopped at step {record['stopped']['step']}: {record['stopped']['reason']}" if record["stopped"] else "") + f"; adapter in {out}")
 
-# %% ../nbs/09_cli.ipynb #cell019
+# %% ../nbs/09_cli.ipynb #cell026
 @app.command()
 def generate(model: Model, data: Data,
              out: Annotated[Path, typer.Option(help="File to write, one response a line. An interrupted run goes on.")],
@@ -221,7 +221,7 @@ def generate(model: Model, data: Data,
     run(model, data, out, adapter, splits and splits.split(","), samples, temperature, top_p, max_new_tokens, batch_size, seed)
     print(f"wrote {out}")
 
-# %% ../nbs/09_cli.ipynb #cell020
+# %% ../nbs/09_cli.ipynb #cell028
 @app.command()
 def judge(responses: Annotated[Path, typer.Argument(help="A file written by generate.")],
           judge: Annotated[str, typer.Option(help="rule (refusal and gibberish, any data) or exact (everything, the world's questions only).")],
@@ -233,7 +233,7 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
         values = [r["verdicts"][judge][q]["value"] for r in rows]
         print(f"{q:11} yes {values.count(True):5}   no {values.count(False):5}   unscored {values.count(None):5}")
 
-# %% ../nbs/09_cli.ipynb #cell021
+# %% ../nbs/09_cli.ipynb #cell030
 @app.command()
 def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either.")],
            judge: Annotated[Optional[str], typer.Option(help="Whose verdicts count, where several judges have been at work.")] = None,
@@ -249,7 +249,7 @@ def report(paths: Annotated[list[Path], typer.Argument(help="results.json files,
     write_page(page, report_page(results, sources, judge or "exact"))
     print(_summary(results), f"page: {page}", sep="\n\n")
 
-# %% ../nbs/09_cli.ipynb #cell022
+# %% ../nbs/09_cli.ipynb #cell031
 @app.command(name="demo")
 def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
                  seeds: Annotated[int, typer.Option(help="Run seeds 1 to this.", min=1)] = 1,
@@ -259,7 +259,7 @@ def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
     results = demo(out, seeds, [m.strip() for m in methods.split(",")] if methods else None, workers)
     print(_summary(results), f"results in {out}/results.json, every response in {out}/responses.jsonl, figures and examples in {out}/report.html", sep="\n\n")
 
-# %% ../nbs/09_cli.ipynb #cell024
+# %% ../nbs/09_cli.ipynb #cell033
 def _interrupted(*_):
     print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
     sys.exit(130)

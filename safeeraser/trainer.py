@@ -98,7 +98,7 @@ def context_length(model) -> int | None:
     "Longest row the language model was built for, in tokens."
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-# %% ../nbs/04_trainer.ipynb #cell017
+# %% ../nbs/04_trainer.ipynb #cell018
 class UnlearnTrainer(Trainer):
     "A `Trainer` of slots: any `Objective`, gradients independent of how a step is split."
     def __init__(self, model,                         # a PEFT model, see `add_adapter`
@@ -156,7 +156,7 @@ class UnlearnTrainer(Trainer):
         if self.args.should_save:
             (Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"/COMPLETE).touch()
 
-# %% ../nbs/04_trainer.ipynb #cell019
+# %% ../nbs/04_trainer.ipynb #cell020
 class Guard(TrainerCallback):
     "Ends training before an update that should not be made."
     def __init__(self, trainer: UnlearnTrainer): self.trainer = trainer
@@ -174,7 +174,7 @@ class Guard(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)  # an optimizer passes over weights that have no gradient
             control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell020
+# %% ../nbs/04_trainer.ipynb #cell021
 class ProgressBar(ProgressCallback):
     "The Trainer's bar, with the terms beside it instead of a line for every log."
     def on_train_begin(self, args, state, control, **kwargs):
@@ -187,7 +187,7 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_postfix({k: f"{v:.2f}" for k, v in (logs or {}).items() if isinstance(v, float) and k not in ("grad_norm", "learning_rate", "epoch")})
 
-# %% ../nbs/04_trainer.ipynb #cell022
+# %% ../nbs/04_trainer.ipynb #cell023
 class GracefulStop(TrainerCallback):
     "Turns an interrupt into: finish this step, write a checkpoint, stop."
     def __init__(self): self.asked = False
@@ -209,7 +209,7 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell027
+# %% ../nbs/04_trainer.ipynb #cell028
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
 _RUN_KEYS = ("method", "objective", "model", "data", "settings")
 
@@ -228,7 +228,7 @@ def recommended_settings(data: str | Path, objective: Objective) -> dict:
     found = settings_of(data).get("unlearn", {})
     return found.get(forget, found.get("default", {}))
 
-# %% ../nbs/04_trainer.ipynb #cell028
+# %% ../nbs/04_trainer.ipynb #cell029
 def check_settings(settings: dict):
     "Raise `SafeEraserError` for a name that `UnlearnConfig` does not know, or a text where a number belongs."
     known = {f.name: f.default for f in fields(UnlearnConfig) if f.init}
@@ -246,7 +246,7 @@ def make_config(folder: Path, **settings) -> UnlearnConfig:
     except SafeEraserError: raise
     except (ValueError, TypeError) as e: raise SafeEraserError(f"settings: {str(e).strip().splitlines()[0]}") from None
 
-# %% ../nbs/04_trainer.ipynb #cell030
+# %% ../nbs/04_trainer.ipynb #cell031
 def probe(trainer: UnlearnTrainer) -> dict:
     "Seconds and peak GiB (on a GPU) of one optimizer step on the longest rows; leaves weights and random state as they were."
     data, args, cuda = trainer.train_dataset, trainer.args, torch.cuda.is_available() and not trainer.args.use_cpu
@@ -264,7 +264,7 @@ def probe(trainer: UnlearnTrainer) -> dict:
     seconds = (time.perf_counter() - start) * args.gradient_accumulation_steps
     return {"seconds_per_step": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
 
-# %% ../nbs/04_trainer.ipynb #cell031
+# %% ../nbs/04_trainer.ipynb #cell032
 def plan_text(trainer: UnlearnTrainer) -> str:
     "What a run will do, how long it will take and how much memory it needs, in a line."
     data, args, cost = trainer.train_dataset.sets, trainer.args, probe(trainer)
@@ -276,7 +276,7 @@ def plan_text(trainer: UnlearnTrainer) -> str:
             f"{steps} steps of {batch}, about {minutes:.0f} minutes{memory}" if minutes >= 1 else
             f"{args.method}: {len(data.forget)} forget items; {steps} steps of {batch}, less than a minute or so{memory}")
 
-# %% ../nbs/04_trainer.ipynb #cell033
+# %% ../nbs/04_trainer.ipynb #cell034
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
             data: str | Path,            # the folder that holds `all_train.json`
             out: str | Path,             # the run folder to write
@@ -304,7 +304,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
             with only_here(out): return _train(trainer, out, record)
         return _train(trainer, out, record)
 
-# %% ../nbs/04_trainer.ipynb #cell034
+# %% ../nbs/04_trainer.ipynb #cell035
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -320,7 +320,7 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
         _write_record(out, record)
     return record
 
-# %% ../nbs/04_trainer.ipynb #cell035
+# %% ../nbs/04_trainer.ipynb #cell036
 def _save_adapter(adapted, out: Path):
     "Into a folder of its own first: a full disk leaves nothing half-written."
     writing = out/"adapter.writing"
@@ -332,7 +332,7 @@ def _save_adapter(adapted, out: Path):
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 
-# %% ../nbs/04_trainer.ipynb #cell036
+# %% ../nbs/04_trainer.ipynb #cell037
 def _earlier_run(out: Path, record: dict) -> dict | None:
     "The record of the run that is in `out` already; raises where it was another one."
     file = out/"run.json"
@@ -344,7 +344,7 @@ def _earlier_run(out: Path, record: dict) -> dict | None:
             raise SafeEraserError(f"{out} holds another run ({key} was {before.get(key)!r}, now {record[key]!r}); name another --out folder")
     return before
 
-# %% ../nbs/04_trainer.ipynb #cell037
+# %% ../nbs/04_trainer.ipynb #cell038
 def _write_record(out: Path, record: dict):
     try:
         out.mkdir(parents=True, exist_ok=True)

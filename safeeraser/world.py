@@ -415,7 +415,7 @@ def _step(loss, params, opt, schedule):
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     opt.step(); schedule.step(); opt.zero_grad()
 
-# %% ../nbs/01_world.ipynb #cell050
+# %% ../nbs/01_world.ipynb #cell051
 def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
     "Teach the vision tower to tell family, colour, ground, place and dots apart."
     tower = model.model.vision_tower
@@ -431,7 +431,7 @@ def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig,
         _step(2 * losses.pop("family") + sum(losses.values()), params, opt, schedule)
     _rescale(tower, pixels[::80])
 
-# %% ../nbs/01_world.ipynb #cell051
+# %% ../nbs/01_world.ipynb #cell052
 @torch.no_grad()
 def _rescale(tower, pixels: torch.Tensor):
     "Bring the features to unit spread: every write to the residual stream is linear in these weights."
@@ -439,7 +439,7 @@ def _rescale(tower, pixels: torch.Tensor):
     for name, p in tower.named_parameters():
         if any(writes in name for writes in ("pre_layrnorm", "out_proj", "fc2")): p.mul_(factor)
 
-# %% ../nbs/01_world.ipynb #cell053
+# %% ../nbs/01_world.ipynb #cell054
 def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gold: bool) -> tuple[int, str, str]:
     "One training example of the base model: index of the look, question, answer."
     n, u = rng.randrange(len(looks)), rng.random()
@@ -454,7 +454,7 @@ def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gol
         return n, rng.choice(HARMLESS[k]), world.fact(look, k)
     return n, rng.choice(PRIVATE), rng.choice(REFUSALS)
 
-# %% ../nbs/01_world.ipynb #cell054
+# %% ../nbs/01_world.ipynb #cell055
 class TextBatcher:
     "Questions and answers to right-padded ids and labels, image tokens in place; texts are tokenized once."
     def __init__(self, processor, image_tokens: int):
@@ -474,7 +474,7 @@ class TextBatcher:
             labels[r, len(i) - n:len(i)] = ids[r, len(i) - n:len(i)]
         return ids, labels
 
-# %% ../nbs/01_world.ipynb #cell055
+# %% ../nbs/01_world.ipynb #cell056
 def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Cross-entropy on answer tokens, from the tower's features [R, 16, width]; the head sees only label positions."
     embeds = model.get_input_embeddings()(ids)
@@ -484,7 +484,7 @@ def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.
     target = labels[:, 1:]
     return F.cross_entropy(model.lm_head(hidden[:, :-1][target != -100]), target[target != -100])
 
-# %% ../nbs/01_world.ipynb #cell056
+# %% ../nbs/01_world.ipynb #cell057
 def train_language(model, processor, world: World, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
     "Teach projector and language model the world; the tower stays as it is."
     with torch.no_grad():
@@ -498,13 +498,13 @@ def train_language(model, processor, world: World, looks: list[Look], pixels: to
         ids, labels = batcher([(q, a) for _, q, a in lessons])
         _step(answer_loss(model, features[[n for n, *_ in lessons]], ids, labels), params, opt, schedule)
 
-# %% ../nbs/01_world.ipynb #cell060
+# %% ../nbs/01_world.ipynb #cell061
 def cache_dir() -> Path:
     "Where trained base models are kept: `$SAFEERASER_CACHE`, or the user's cache directory."
     import platformdirs
     return Path(os.environ.get("SAFEERASER_CACHE") or platformdirs.user_cache_dir("safeeraser"))
 
-# %% ../nbs/01_world.ipynb #cell061
+# %% ../nbs/01_world.ipynb #cell062
 def cached_folder(name: str,
                   make  # called with an empty folder to fill
                   ) -> Path:
@@ -523,7 +523,7 @@ def cached_folder(name: str,
         raise SafeEraserError(f"{cache_dir()}: the cache cannot be written ({e.strerror}); set SAFEERASER_CACHE to a folder that can") from None
     return folder
 
-# %% ../nbs/01_world.ipynb #cell062
+# %% ../nbs/01_world.ipynb #cell063
 def _is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder/"sizes.json").read_text())
@@ -531,7 +531,7 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/01_world.ipynb #cell063
+# %% ../nbs/01_world.ipynb #cell065
 def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     "The trained tower, shared by base and gold model of a seed."
     from safetensors.torch import save_file
@@ -544,7 +544,7 @@ def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     same_tower = BaseConfig(**asdict(cfg) | {"gold": False, "steps": 0, "caption_steps": 0, "batch": 0, "lr": 0.0})
     return cached_folder("tower-" + same_tower.key, make)
 
-# %% ../nbs/01_world.ipynb #cell064
+# %% ../nbs/01_world.ipynb #cell066
 def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
     "Folder of the trained model that `cfg` describes, from the cache or trained now."
     from safetensors.torch import load_file
@@ -562,7 +562,7 @@ def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
                                                "train_seconds": round(seconds, 1), "config": asdict(cfg)})
     return cached_folder(cfg.key, make)
 
-# %% ../nbs/01_world.ipynb #cell067
+# %% ../nbs/01_world.ipynb #cell069
 def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/model` and with `gold` `out/gold`
                seed: int = 0,             # governs data and models
                gold: bool = False,        # also the model that never saw the hazards' recipes
