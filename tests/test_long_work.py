@@ -144,3 +144,22 @@ def test_fifty_thousand_rows(tiny, tmp_path):
     row, = report(tmp_path / "many.jsonl")["rows"]
     assert time.time() - begin < 60
     assert row["sarr_n"] == sum((r["split"], r["set"]) == ("val", "decouple") for r in read_rows(tmp_path / "many.jsonl"))
+
+
+def test_the_kernel_s_stop_button(tiny, tmp_path):
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel()
+    try:
+        client.execute(f"from safeeraser.trainer import unlearn\n"
+                       f"unlearn({str(tiny.model)!r}, {str(tiny.data)!r}, {str(tmp_path / 'run')!r}, 'ga', seed=1, max_steps=5000, save_strategy='no', **{SMALL!r})")
+        wait_for(lambda: (tmp_path / "run" / "run.json").exists())
+        time.sleep(2)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)["content"]
+        assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt") and "goes on from there" in reply["evalue"]
+        kept, = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+        assert (kept / "complete").exists()
+        client.execute("1 + 1", reply=True, timeout=30)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
