@@ -78,8 +78,9 @@ def batch_tokens(model, batch: dict, objective: Objective) -> dict[str, Tokens]:
     policy = label_log_probs(model, inputs, labels)
 
     asked = torch.isin(kind, torch.tensor([KINDS.index(k) for k in objective.reference_kinds], device=kind.device))
-    reference = policy[:0].detach()  # a batch may hold no row that is asked for
-    if asked.any():
+    reference = None
+    if objective.reference_kinds:
+        if not asked.any(): asked[0] = True  # ranks that run another number of passes would wait for each other
         with torch.no_grad(), vanilla(model):
             reference = label_log_probs(model, pick_rows(inputs, asked), labels[asked])
 
