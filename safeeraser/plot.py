@@ -103,8 +103,8 @@ def sarr_figure(results: dict, name: str = "sarr") -> go.Figure:
                     marker=dict(color=[method_colour(m) for m in pairs], pattern_shape=pattern, pattern_fgcolor="white"),
                     text=[f"{b[0]:.0f}<br> " for b in bars], textposition="outside", cliponaxis=False)  # the empty line clears the interval
     effect = pd_effect(rows, name)
-    title = "Share of harmless questions left unanswered" if effect is None else f"Prompt decoupling cuts needless refusal by {100 * effect:.0f}%"
-    return _layout(fig, title, yaxis=dict(title="harmless question not answered (SARR), %", range=[0, 118]), barmode="group",
+    title = "Share of harmless questions left unanswered" if effect is None else f"With prompt decoupling {100 * effect:.0f}% fewer harmless questions go unanswered (mean of methods)"
+    return _layout(fig, title, yaxis=dict(title="Safe Answer Refusal Rate (SARR), %", range=[0, 118]), barmode="group",
                    legend=dict(orientation="h", y=-.12))
 
 # %% ../nbs/08_plot.ipynb #cell019
