@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HARMLESS_KEYS', 'KINDS', 'LLAVA_TEMPLATE', 'SafeEraserError', 'Place', 'progress_bar', 'UnsafePair', 'HarmlessPair',
            'Record', 'parse_record', 'to_json', 'read_json_records', 'resolve_image', 'load_image', 'load_records',
-           'load_refusals', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets', 'Slot', 'epoch_plan',
-           'SlotSampler', 'Row', 'SlotDataset', 'render_prompt', 'render_answered', 'count_answer_tokens',
+           'load_refusals', 'write_whole', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets', 'Slot',
+           'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset', 'render_prompt', 'render_answered', 'count_answer_tokens',
            'word_processor', 'Encoder', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
-import json, random, sys
+import json, os, random, sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -189,6 +189,19 @@ def load_refusals(data: str | Path  # the folder that holds `prompt.json`
     return [r.strip() for r in refusals]
 
 # %% ../nbs/00_data.ipynb #cell031
+def write_whole(path: str | Path, text: str):
+    "Write a text file (folders made as needed), complete or not at all; raises `SafeEraserError` where it cannot be."
+    path = Path(path)
+    part = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(part, path)
+    except OSError as e:
+        if part.is_file(): part.unlink()
+        raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
+
+# %% ../nbs/00_data.ipynb #cell034
 def settings_of(data: str | Path  # the dataset folder
                 ) -> dict:
     "What the data set recommends, by verb; empty where it says nothing."
@@ -198,7 +211,7 @@ def settings_of(data: str | Path  # the dataset folder
     if not isinstance(found, dict): raise Place(file).error("settings", "an object of settings by verb belongs here")
     return found
 
-# %% ../nbs/00_data.ipynb #cell034
+# %% ../nbs/00_data.ipynb #cell037
 @dataclass(frozen=True)
 class Item:
     "One question about one image, with its target."
@@ -210,7 +223,7 @@ class Item:
     answer: str
     category: str
 
-# %% ../nbs/00_data.ipynb #cell035
+# %% ../nbs/00_data.ipynb #cell038
 @dataclass(frozen=True)
 class Sets:
     "The three sets of one split; `forget[i]` and `decouple[i]` are partners."
@@ -220,7 +233,7 @@ class Sets:
 
     def __iter__(self): yield from self.forget + self.retain + self.decouple
 
-# %% ../nbs/00_data.ipynb #cell036
+# %% ../nbs/00_data.ipynb #cell039
 def build_sets(records: list[Record], data: str | Path, split: str = "train") -> Sets:
     "Derive forget, retain and prompt-decouple set from records."
     root, sets = Path(data).absolute().parent, Sets([], [], [])
@@ -238,7 +251,7 @@ def load_sets(data: str | Path, split: str = "train") -> Sets:
     "Records of a split, checked, as its three sets."
     return build_sets(load_records(data, split), data, split)
 
-# %% ../nbs/00_data.ipynb #cell040
+# %% ../nbs/00_data.ipynb #cell043
 @dataclass(frozen=True)
 class Slot:
     "One forget item, its partner, and what rides along."
@@ -247,7 +260,7 @@ class Slot:
     refusal: int = 0              # index of the refusal that stands in for the harmful answer
     live: bool = True             # False: fills up the last batch so that all ranks step together; carries no loss
 
-# %% ../nbs/00_data.ipynb #cell041
+# %% ../nbs/00_data.ipynb #cell044
 def epoch_plan(n_forget: int,      # size of the forget set
                n_retain: int,      # size of the retain set
                n_refusals: int,    # number of refusals to draw from
@@ -264,7 +277,7 @@ def epoch_plan(n_forget: int,      # size of the forget set
              for f, a, b in zip(forget, edges, edges[1:])]
     return slots + [Slot(forget[0], live=False)] * (-n_forget % multiple)
 
-# %% ../nbs/00_data.ipynb #cell045
+# %% ../nbs/00_data.ipynb #cell048
 class SlotSampler(Sampler):
     "Yields the slots of the current epoch; `set_epoch` is called by accelerate."
     def __init__(self, n_forget: int, n_retain: int, n_refusals: int, seed: int, multiple: int = 1):
@@ -274,7 +287,7 @@ class SlotSampler(Sampler):
     def __len__(self): return self.args[0] + -self.args[0] % self.multiple
     def __iter__(self): return iter(epoch_plan(*self.args, self.seed, self.epoch, self.multiple))
 
-# %% ../nbs/00_data.ipynb #cell047
+# %% ../nbs/00_data.ipynb #cell050
 KINDS = ("forget", "refusal", "retain", "decouple")
 
 
@@ -286,7 +299,7 @@ class Row:
     answer: str      # the target: the item's own answer or a refusal
     live: bool = True
 
-# %% ../nbs/00_data.ipynb #cell048
+# %% ../nbs/00_data.ipynb #cell051
 class SlotDataset(Dataset):
     "Maps a `Slot` (or the number of a forget item) to its rows, of the kinds that an objective needs."
     def __init__(self, sets: Sets,
@@ -305,7 +318,7 @@ class SlotDataset(Dataset):
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
 
-# %% ../nbs/00_data.ipynb #cell051
+# %% ../nbs/00_data.ipynb #cell054
 def render_prompt(processor, question: str) -> str:
     "The conversation up to where the model is to speak, by the processor's own chat template."
     return processor.apply_chat_template([_user(question)], add_generation_prompt=True, tokenize=False)
@@ -332,19 +345,19 @@ def _end_of_turn(tokenizer, suffix: str) -> str:
     found = sorted((suffix.find(t), t) for t in special if t and t in suffix)
     return found[0][1] if found else tokenizer.eos_token
 
-# %% ../nbs/00_data.ipynb #cell053
+# %% ../nbs/00_data.ipynb #cell056
 def count_answer_tokens(tokenizer, prompt: str, answer: str) -> int:
     "Number of tokens that `answer` adds behind `prompt` when both are tokenized as one text."
     alone, joint = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, prompt + answer))
     same = next((i for i, (a, b) in enumerate(zip(alone, joint)) if a != b), len(alone))
     return len(joint) - same
 
-# %% ../nbs/00_data.ipynb #cell055
+# %% ../nbs/00_data.ipynb #cell058
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
                   "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-# %% ../nbs/00_data.ipynb #cell056
+# %% ../nbs/00_data.ipynb #cell059
 def word_processor(words: list[str],          # vocabulary
                    image_size: int = 48,      # pixels a side
                    patch_size: int = 12,      # pixels a side
@@ -364,14 +377,14 @@ def word_processor(words: list[str],          # vocabulary
     return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
                           chat_template=template, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/00_data.ipynb #cell059
+# %% ../nbs/00_data.ipynb #cell062
 _open = lru_cache(maxsize=4096)(load_image)
 
 
 def _small_or_fresh(path: Path) -> Image.Image:
     return _open(path) if path.stat().st_size < 2**14 else load_image(path)
 
-# %% ../nbs/00_data.ipynb #cell060
+# %% ../nbs/00_data.ipynb #cell063
 @dataclass
 class Encoder:
     "Texts and images to model inputs, by any processor with a chat template."
@@ -421,7 +434,7 @@ class Encoder:
                 batch["labels"][k, end - n:end] = batch["input_ids"][k, end - n:end]
         return batch
 
-# %% ../nbs/00_data.ipynb #cell066
+# %% ../nbs/00_data.ipynb #cell069
 @dataclass
 class Collator:
     "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [4] to tell the rows apart."

@@ -7,14 +7,14 @@ __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'answer_batch', 'RowSampler', 
            'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate']
 
 # %% ../nbs/05_generate.ipynb #cell003
-import hashlib, json, os
+import hashlib, json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .data import Encoder, Item, load_sets, progress_bar, SafeEraserError, settings_of
+from .data import Encoder, Item, load_sets, progress_bar, SafeEraserError, settings_of, write_whole
 from .model import adapter_file, cpu_threads, load_adapter, load_model, only_here, out_of_memory
 
 SCHEMA_VERSION = 1
@@ -117,15 +117,7 @@ def _check_row(path: Path, n: int, line: str) -> dict:
 # %% ../nbs/05_generate.ipynb #cell022
 def write_rows(path: str | Path, rows: list[dict]):
     "Write rows as JSON lines, complete or not at all."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
+    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 # %% ../nbs/05_generate.ipynb #cell024
 def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:

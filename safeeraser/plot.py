@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'OUTCOMES', 'BREAKDOWNS', 'TERM_NAMES', 'method_name', 'in_order', 'results_table', 'pd_table',
            'method_colour', 'sarr_figure', 'tradeoff_figure', 'outcome', 'outcome_shares', 'outcome_figure',
            'breakdown_figure', 'breakdown_explorer', 'training_figure', 'answers_html', 'explorer', 'examples_figure',
-           'table_html', 'example_pairs', 'examples_html', 'headline', 'report_page', 'write_page']
+           'table_html', 'example_pairs', 'examples_html', 'headline', 'report_page']
 
 # %% ../nbs/08_plot.ipynb #cell003
 import base64, html, io, json
@@ -18,7 +18,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .data import load_image, SafeEraserError
+from .data import load_image
 from .judge import instruction_of
 from .metrics import measure, MEASURES, pd_effect, spread, without_pd
 
@@ -381,14 +381,3 @@ def report_page(results: dict,
             + (f"<h2>Examples</h2><p>The same words about a hazard and about a harmless object. Harmful parts are blurred; click to show.</p>{examples}" if examples else "")
             + (f"<h2>How far the judges agree</h2><ul>{agreement}</ul>" if agreement else "")
             + f"<h2>Settings</h2><details><summary>show</summary><pre>{settings}</pre></details></body></html>")
-
-# %% ../nbs/08_plot.ipynb #cell050
-def write_page(path: str | Path, page: str):
-    "Write a page, complete or not at all."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.writing")
-    try:
-        part.write_text(page, encoding="utf-8", errors="replace")
-        part.replace(path)
-    except OSError as e:
-        raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None

@@ -19,7 +19,7 @@ from torch.nn.functional import log_softmax
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_bar, SafeEraserError, Sets, settings_of, Slot, SlotDataset, SlotSampler
+from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_bar, SafeEraserError, Sets, settings_of, Slot, SlotDataset, SlotSampler, write_whole
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .model import add_adapter, cpu_threads, environment, load_model, only_here, out_of_memory, vanilla
 
@@ -346,10 +346,4 @@ def _earlier_run(out: Path, record: dict) -> dict | None:
     return before
 
 # %% ../nbs/04_trainer.ipynb #cell038
-def _write_record(out: Path, record: dict):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out/"run.json.part").write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(out/"run.json.part", out/"run.json")
-    except OSError as e:
-        raise SafeEraserError(f"{out}: cannot be written ({e.strerror})") from None
+def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")
