@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HARMLESS_KEYS', 'KINDS', 'LLAVA_TEMPLATE', 'SafeEraserError', 'Place', 'progress_bar', 'UnsafePair', 'HarmlessPair',
            'Record', 'parse_record', 'to_json', 'read_json_records', 'resolve_image', 'load_image', 'load_records',
-           'load_refusals', 'write_whole', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets', 'Slot',
+           'load_refusals', 'write_whole', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets', 'Slot', 'deal',
            'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset', 'render_prompt', 'render_answered', 'count_answer_tokens',
-           'word_processor', 'Encoder', 'Collator']
+           'word_processor', 'Encoder', 'number_items', 'count_items', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
 import json, os, random, sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -261,33 +261,51 @@ class Slot:
     live: bool = True             # False: fills up the last batch so that all ranks step together; carries no loss
 
 # %% ../nbs/00_data.ipynb #cell044
-def epoch_plan(n_forget: int,      # size of the forget set
-               n_retain: int,      # size of the retain set
+def deal(n_slots: int, items: list[int]) -> list[tuple[int, ...]]:
+    "Items dealt out to slots in order, as evenly as whole numbers allow."
+    edges = [round(k * len(items) / n_slots) for k in range(n_slots + 1)]
+    return [tuple(items[a:b]) for a, b in zip(edges, edges[1:])]
+
+# %% ../nbs/00_data.ipynb #cell046
+def epoch_plan(forget: list,       # one entry a forget item: which image it is about
+               retain: list,       # one entry a retain item, likewise
                n_refusals: int,    # number of refusals to draw from
                seed: int, epoch: int,
-               multiple: int = 1   # pad with dead slots to a multiple of this
+               multiple: int = 1,  # pad with dead slots to a multiple of this
+               together: bool = False  # keep what is asked about one image together, for `safeeraser.packing`
                ) -> list[Slot]:
-    "The slots of one epoch: a shuffle of the forget set with retain items dealt out evenly."
+    "The slots of one epoch: a shuffle of the forget set (or of its images) with retain items dealt out evenly."
     rng = random.Random(f"epoch-{seed}-{epoch}")
-    forget = rng.sample(range(n_forget), n_forget)
-    rounds = max(1, round(n_forget / n_retain)) if n_retain else 0
-    retain = [i for _ in range(rounds) for i in rng.sample(range(n_retain), n_retain)]
-    edges = [round(k * len(retain) / n_forget) for k in range(n_forget + 1)]
-    slots = [Slot(f, tuple(retain[a:b]), rng.randrange(n_refusals) if n_refusals else 0)
-             for f, a, b in zip(forget, edges, edges[1:])]
-    return slots + [Slot(forget[0], live=False)] * (-n_forget % multiple)
+    rounds = max(1, round(len(forget) / len(retain))) if retain else 0
+    slots = []
+    for own, ride in _groups(forget, retain, together, rng):
+        own = rng.sample(own, len(own))
+        ride = [i for _ in range(rounds) for i in rng.sample(ride, len(ride))]
+        slots += [Slot(f, r, rng.randrange(n_refusals) if n_refusals else 0) for f, r in zip(own, deal(len(own), ride))]
+    return slots + [Slot(slots[0].forget, live=False)] * (-len(slots) % multiple)
 
-# %% ../nbs/00_data.ipynb #cell048
+
+def _groups(forget: list, retain: list, together: bool, rng: random.Random) -> list[tuple[list[int], list[int]]]:
+    "Indices of forget and retain items, image by image in random order, or all in one group."
+    if not together: return [(list(range(len(forget))), list(range(len(retain))))]
+    groups = {image: ([], []) for image in forget}
+    for i, image in enumerate(forget): groups[image][0].append(i)
+    for i, image in enumerate(retain): groups[image][1].append(i)
+    return rng.sample(list(groups.values()), len(groups))
+
+# %% ../nbs/00_data.ipynb #cell053
 class SlotSampler(Sampler):
     "Yields the slots of the current epoch; `set_epoch` is called by accelerate."
-    def __init__(self, n_forget: int, n_retain: int, n_refusals: int, seed: int, multiple: int = 1):
-        self.args, self.seed, self.multiple, self.epoch = (n_forget, n_retain, n_refusals), seed, multiple, 0
+    def __init__(self, sets: Sets, n_refusals: int, seed: int, multiple: int = 1, together: bool = False):
+        images = lambda items: [i.image_id for i in items]
+        self.plan = partial(epoch_plan, images(sets.forget), images(sets.retain), n_refusals, seed, multiple=multiple, together=together)
+        self.size, self.epoch = len(sets.forget) + -len(sets.forget) % multiple, 0
 
     def set_epoch(self, epoch: int): self.epoch = epoch
-    def __len__(self): return self.args[0] + -self.args[0] % self.multiple
-    def __iter__(self): return iter(epoch_plan(*self.args, self.seed, self.epoch, self.multiple))
+    def __len__(self): return self.size
+    def __iter__(self): return iter(self.plan(epoch=self.epoch))
 
-# %% ../nbs/00_data.ipynb #cell050
+# %% ../nbs/00_data.ipynb #cell055
 KINDS = ("forget", "refusal", "retain", "decouple")
 
 
@@ -299,7 +317,7 @@ class Row:
     answer: str      # the target: the item's own answer or a refusal
     live: bool = True
 
-# %% ../nbs/00_data.ipynb #cell051
+# %% ../nbs/00_data.ipynb #cell056
 class SlotDataset(Dataset):
     "Maps a `Slot` (or the number of a forget item) to its rows, of the kinds that an objective needs."
     def __init__(self, sets: Sets,
@@ -318,7 +336,7 @@ class SlotDataset(Dataset):
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
 
-# %% ../nbs/00_data.ipynb #cell054
+# %% ../nbs/00_data.ipynb #cell059
 def render_prompt(processor, question: str) -> str:
     "The conversation up to where the model is to speak, by the processor's own chat template."
     return processor.apply_chat_template([_user(question)], add_generation_prompt=True, tokenize=False)
@@ -345,19 +363,19 @@ def _end_of_turn(tokenizer, suffix: str) -> str:
     found = sorted((suffix.find(t), t) for t in special if t and t in suffix)
     return found[0][1] if found else tokenizer.eos_token
 
-# %% ../nbs/00_data.ipynb #cell056
+# %% ../nbs/00_data.ipynb #cell061
 def count_answer_tokens(tokenizer, prompt: str, answer: str) -> int:
     "Number of tokens that `answer` adds behind `prompt` when both are tokenized as one text."
     alone, joint = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, prompt + answer))
     same = next((i for i, (a, b) in enumerate(zip(alone, joint)) if a != b), len(alone))
     return len(joint) - same
 
-# %% ../nbs/00_data.ipynb #cell058
+# %% ../nbs/00_data.ipynb #cell063
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
                   "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-# %% ../nbs/00_data.ipynb #cell059
+# %% ../nbs/00_data.ipynb #cell064
 def word_processor(words: list[str],          # vocabulary
                    image_size: int = 48,      # pixels a side
                    patch_size: int = 12,      # pixels a side
@@ -377,14 +395,14 @@ def word_processor(words: list[str],          # vocabulary
     return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
                           chat_template=template, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/00_data.ipynb #cell062
+# %% ../nbs/00_data.ipynb #cell067
 _open = lru_cache(maxsize=4096)(load_image)
 
 
 def _small_or_fresh(path: Path) -> Image.Image:
     return _open(path) if path.stat().st_size < 2**14 else load_image(path)
 
-# %% ../nbs/00_data.ipynb #cell063
+# %% ../nbs/00_data.ipynb #cell068
 @dataclass
 class Encoder:
     "Texts and images to model inputs, by any processor with a chat template."
@@ -394,7 +412,7 @@ class Encoder:
     def __post_init__(self):
         if not getattr(self.processor, "chat_template", None):
             raise SafeEraserError("the model's processor has no chat template; save one with it (chat_template.jinja)")
-        self._tail = lru_cache(maxsize=2**17)(self._tail)
+        self.texts = lru_cache(maxsize=2**17)(self.texts)
 
     def _check_text(self, *texts: str):
         mark = getattr(self.processor, "image_token", None)
@@ -402,15 +420,28 @@ class Encoder:
             if mark and mark in text:
                 raise SafeEraserError(f"{text!r:.80} contains {mark}, which stands for an image; take it out of the text")
 
-    def _tail(self, question: str, answer: str) -> tuple[str, int]:
+    def texts(self, question: str, answer: str) -> tuple[str, str, int]:
+        "Prompt, answer with its end-of-turn token, and the number of the answer's tokens."
         self._check_text(question, answer)
         prompt, tail = render_answered(self.processor, question, answer)
-        return prompt + tail, count_answer_tokens(self.processor.tokenizer, prompt, tail)
+        return prompt, tail, count_answer_tokens(self.processor.tokenizer, prompt, tail)
 
-    def _call(self, texts: list[str], images: list[Path], side: str) -> dict:
+    def prompt(self, question: str) -> str:
+        "The conversation up to where the model is to speak."
+        self._check_text(question)
+        return render_prompt(self.processor, question)
+
+    def call(self, texts: list[str], images: list[Path], side: str) -> dict:
+        "The processor's model inputs for texts with one image each, padded on a side."
         bos = self.processor.tokenizer.bos_token
         return dict(self.processor(text=texts, images=[[_small_or_fresh(p)] for p in images], padding=True, padding_side=side,
                                    return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos))))
+
+    def check_length(self, row: Row, n: int):
+        "Raise `SafeEraserError` where a row of `n` tokens is longer than `max_length`."
+        if self.max_length and n > self.max_length:
+            raise SafeEraserError(f"{row.item.image_id}, question {row.item.question!r:.60}: {n} tokens with its "
+                                  f"answer and image, more than max_length={self.max_length}; raise it or shorten the answer")
 
     def check_longest(self, rows: list[Row]):
         "Encode the row with the most text: raises before training starts rather than in its middle."
@@ -418,23 +449,34 @@ class Encoder:
 
     def prompts(self, items: list[Item]) -> dict:
         "Left-padded prompts for generation, one a row."
-        self._check_text(*(i.question for i in items))
-        return self._call([render_prompt(self.processor, i.question) for i in items], [i.image for i in items], "left")
+        return self.call([self.prompt(i.question) for i in items], [i.image for i in items], "left")
 
     def rows(self, rows: list[Row]) -> dict:
         "Right-padded conversations; `labels` [R, T] is -100 except on answer and end-of-turn tokens of live rows."
-        texts, n_answer = zip(*(self._tail(r.item.question, r.answer) for r in rows))
-        batch = self._call(list(texts), [r.item.image for r in rows], "right")
+        prompts, answers, n_answer = zip(*(self.texts(r.item.question, r.answer) for r in rows))
+        batch = self.call([p + a for p, a in zip(prompts, answers)], [r.item.image for r in rows], "right")
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         for k, (row, n, end) in enumerate(zip(rows, n_answer, batch["attention_mask"].sum(1).tolist())):
-            if self.max_length and end > self.max_length:
-                raise SafeEraserError(f"{row.item.image_id}, question {row.item.question!r:.60}: {end} tokens with its "
-                                      f"answer and image, more than max_length={self.max_length}; raise it or shorten the answer")
+            self.check_length(row, end)
             if row.live:
                 batch["labels"][k, end - n:end] = batch["input_ids"][k, end - n:end]
         return batch
 
-# %% ../nbs/00_data.ipynb #cell069
+# %% ../nbs/00_data.ipynb #cell074
+def number_items(rows: list[Row]) -> list[int]:
+    "The item that each row belongs to, counted within its kind; -1 for rows without loss."
+    seen, items = {k: 0 for k in KINDS}, []
+    for row in rows:
+        items.append(seen[row.kind] if row.live else -1)
+        seen[row.kind] += row.live
+    return items
+
+
+def count_items(rows: list[Row]) -> torch.Tensor:
+    "Number of live rows of each kind: [len(KINDS)]."
+    return torch.tensor([sum(r.live and r.kind == k for r in rows) for k in KINDS])
+
+# %% ../nbs/00_data.ipynb #cell075
 @dataclass
 class Collator:
     "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [4] to tell the rows apart."
@@ -442,13 +484,5 @@ class Collator:
 
     def __call__(self, slots: list[list[Row]]) -> dict:
         rows = [r for slot in slots for r in slot]
-        batch = self.encoder.rows(rows)
-        seen = {k: 0 for k in KINDS}
-        item = []
-        for r in rows:
-            item.append(seen[r.kind] if r.live else -1)
-            seen[r.kind] += r.live
-        batch["kind"] = torch.tensor([KINDS.index(r.kind) for r in rows])
-        batch["item"] = torch.tensor(item)
-        batch["n_items"] = torch.tensor([seen[k] for k in KINDS])
-        return batch
+        return self.encoder.rows(rows) | {"kind": torch.tensor([KINDS.index(r.kind) for r in rows]),
+                                          "item": torch.tensor(number_items(rows)), "n_items": count_items(rows)}

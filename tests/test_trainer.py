@@ -80,7 +80,7 @@ def naive_gradient(tiny, method, items):
 @pytest.mark.parametrize("method", ["ga+pd", "gd+pd", "po"])
 def test_gradient_is_that_of_single_rows(method, tiny, tmp_path):
     sets, refusals = load_sets(tiny.data), load_refusals(tiny.data)
-    plan = epoch_plan(len(sets.forget), len(sets.retain), len(refusals), UnlearnConfig.seed, epoch=0)
+    plan = epoch_plan([i.image_id for i in sets.forget], [i.image_id for i in sets.retain], len(refusals), UnlearnConfig.seed, epoch=0, together=True)
     expected = naive_gradient(tiny, method, [SlotDataset(sets, refusals)[s] for s in plan[:8]])
     assert_same(expected, gradients(tiny, tmp_path, method, 4, 2)[0])
 
@@ -254,7 +254,7 @@ def test_only_whole_checkpoints_count(undisturbed, tmp_path):
 
 def test_an_epoch_shows_what_it_promises(tiny):
     sets = load_sets(tiny.data)
-    plan = epoch_plan(len(sets.forget), len(sets.retain), 5, seed=1, epoch=3)
+    plan = epoch_plan([i.image_id for i in sets.forget], [i.image_id for i in sets.retain], 5, seed=1, epoch=3)
     rows = [r for s in plan for r in SlotDataset(sets, load_refusals(tiny.data))[s]]
     count = lambda kind: sorted(r.item.image_id + r.item.question for r in rows if r.kind == kind)
     assert count("forget") == sorted(i.image_id + i.question for i in sets.forget)
