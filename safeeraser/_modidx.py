@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'safeeraser.cli._Inline.shutdown': ('cli.html#_inline.shutdown', 'safeeraser/cli.py'),
                                 'safeeraser.cli._Inline.submit': ('cli.html#_inline.submit', 'safeeraser/cli.py'),
                                 'safeeraser.cli._cancelling': ('cli.html#_cancelling', 'safeeraser/cli.py'),
+                                'safeeraser.cli._demo_settings': ('cli.html#_demo_settings', 'safeeraser/cli.py'),
                                 'safeeraser.cli._evaluate': ('cli.html#_evaluate', 'safeeraser/cli.py'),
                                 'safeeraser.cli._executor': ('cli.html#_executor', 'safeeraser/cli.py'),
                                 'safeeraser.cli._interrupted': ('cli.html#_interrupted', 'safeeraser/cli.py'),
