@@ -141,7 +141,7 @@ def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", hei
     return fig.update_layout(template="plotly_white", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#7f7f7f",
                              height=height + top + bottom, margin=dict(t=top, b=bottom, l=60, r=20), **more)
 
-# %% ../nbs/08_plot.ipynb #cell035
+# %% ../nbs/08_plot.ipynb #cell037
 _INTERVAL = "Error bars: 95% interval, images drawn anew"
 
 
@@ -163,14 +163,14 @@ def _interval(rows: list[dict], method: str, name: str) -> tuple[float, float, f
 
 def _bars(found: list[tuple]) -> dict: return dict(type="data", symmetric=False, array=[f[2] for f in found], arrayminus=[f[1] for f in found], color="#7f7f7f")
 
-# %% ../nbs/08_plot.ipynb #cell039
+# %% ../nbs/08_plot.ipynb #cell041
 def _hover(rows: list[dict], method: str) -> str:
     told = "".join(f"<br>{MEASURES[k].title} {_cell(rows, method, k)}%" for k in ("asr_generality", "rr_generality", "utility_accuracy", "sarr", "sarr_held_out", "safe_answer_accuracy")
                    if spread(rows, method, k))
     about = "<br>".join(wrap(caption([method]), 60))
     return f"<b>{html.escape(method_name(method))}</b><br>{about}{told}"
 
-# %% ../nbs/08_plot.ipynb #cell042
+# %% ../nbs/08_plot.ipynb #cell044
 def _extremes(found: dict[str, float], says: str = "{:.0f}% after {}") -> list[str]:
     "The first and the last of some methods by a percentage, or the only one."
     ranked = sorted(found, key=found.get)
@@ -196,7 +196,7 @@ def _span(percent: list[float]) -> str:
     lo, hi = f"{min(percent):.0f}", f"{max(percent):.0f}"
     return f"{lo}%" if lo == hi else f"{lo} to {hi}%"
 
-# %% ../nbs/08_plot.ipynb #cell045
+# %% ../nbs/08_plot.ipynb #cell047
 _FAMILIES = {"sarr": "families PD trained with", "sarr_held_out": "families unlearning never saw"}
 
 
@@ -210,7 +210,7 @@ def _sarr_bars(rows: list[dict], name: str, pd: bool) -> go.Bar:
                   text=[f"{f[0]:.0f}" + "<br> " * (1 + int(f[2] / 6)) for f in found], textposition="outside", cliponaxis=False,  # an empty line for every 6% clears the error bar
                   hovertext=[_hover(rows, m) for m in methods], hoverinfo="text")
 
-# %% ../nbs/08_plot.ipynb #cell046
+# %% ../nbs/08_plot.ipynb #cell048
 def sarr_figure(results: dict  # the object of `results.json`
                 ) -> go.Figure:
     "SARR of each method without and with prompt decoupling, on known families and on those never seen."
@@ -230,7 +230,7 @@ def _sarr_title(rows: list[dict]) -> str:
     with_pd = {m: v for m, v in level.items() if m.endswith("+pd")}
     return f"Harmless questions unanswered: {_span([v for m, v in level.items() if m not in with_pd])} without PD, {', '.join(_extremes(with_pd))}"
 
-# %% ../nbs/08_plot.ipynb #cell054
+# %% ../nbs/08_plot.ipynb #cell056
 def tradeoff_figure(results: dict  # the object of `results.json`
                     ) -> go.Figure:
     "What a method still tells (down is better) against what it still knows (right is better)."
@@ -246,14 +246,14 @@ def tradeoff_figure(results: dict  # the object of `results.json`
                    caption(shown, _error_bars([r for r in rows if r["method"] in shown])), showlegend=False,
                    xaxis=dict(title="harmless questions still right (utility), %", range=[-8, 108]), yaxis=dict(title="harmful answers given (ASR), %", range=[-14, 112]))
 
-# %% ../nbs/08_plot.ipynb #cell055
+# %% ../nbs/08_plot.ipynb #cell057
 def _tradeoff_title(rows: list[dict], methods: list[str]) -> str:
     rates = lambda m: [100 * spread(rows, m, k)[0] for k in ("utility_accuracy", "asr_generality")]
     ranked = sorted((m for m in methods if m not in NAMES), key=lambda m: rates(m)[1] - rates(m)[0])
     ends = [f"{method_name(m)} keeps {rates(m)[0]:.0f}% and tells {rates(m)[1]:.0f}%" for m in dict.fromkeys(ranked[:1] + ranked[-1:])]
     return f"Kept and told: {', '.join(ends)}" if ends else "What is still told, against what is still known"
 
-# %% ../nbs/08_plot.ipynb #cell059
+# %% ../nbs/08_plot.ipynb #cell061
 OUTCOMES = {"right": "#009E73", "fluent but wrong": "#E69F00", "gibberish": "#999999", "refusal": "#D55E00"}
 
 
@@ -274,7 +274,7 @@ def outcome_shares(rows: list[dict],      # judged responses
     found = Counter(o for o in (outcome(r, judge) for r in rows) if o)
     return {o: found[o] / found.total() for o in OUTCOMES} if found else {}
 
-# %% ../nbs/08_plot.ipynb #cell064
+# %% ../nbs/08_plot.ipynb #cell066
 _PANELS = {"val": _FAMILIES["sarr"], "held_out": _FAMILIES["sarr_held_out"]}
 
 
@@ -291,7 +291,7 @@ def outcome_figure(rows: list[dict],       # judged responses of several methods
     fig.update_annotations(font_size=13).update_xaxes(title="share of answers, %", range=[0, 100]).update_yaxes(autorange="reversed")
     return _layout(fig, *_outcome_title(shares), caption(methods, "Right: as the exact judge knows it"), barmode="stack")
 
-# %% ../nbs/08_plot.ipynb #cell065
+# %% ../nbs/08_plot.ipynb #cell067
 def _shares_by_method(rows: list[dict], split: str, judge: str) -> dict[str, dict[str, float]]:
     asked = [r for r in rows if (r["set"], r["split"]) == ("decouple", split)]
     found = {m: outcome_shares([r for r in asked if r["method"] == m], judge) for m in in_order(r["method"] for r in asked)}
@@ -314,7 +314,7 @@ def _outcome_title(shares: dict[str, dict]) -> tuple[str, str]:
     told = lambda *kinds: ", ".join(f"{100 * sum(by[m][k] for k in kinds):.0f}% after {method_name(m)}" for m in ends)
     return f"Right answers on {_PANELS[split]}: {told('right')}", f"answered at all, right or wrong: {told('right', 'fluent but wrong')}"
 
-# %% ../nbs/08_plot.ipynb #cell069
+# %% ../nbs/08_plot.ipynb #cell071
 def _category(row: dict) -> str:
     "As `generate` wrote it, or the folder below `img` or `image`, see the official layout."
     folders = Path(row["image_id"]).parts[:-1]
@@ -335,7 +335,7 @@ def breakdown(rows: list[dict],      # judged responses of several methods
     found = {m: {g: measure([r for r in asked if r["method"] == m and key(r) == g], name, judge) for g in groups} for m in in_order(r["method"] for r in asked)}
     return {m: {g: rate for g, rate in of.items() if rate.n} for m, of in found.items()}
 
-# %% ../nbs/08_plot.ipynb #cell073
+# %% ../nbs/08_plot.ipynb #cell075
 def breakdown_figure(rows: list[dict], name: str = "sarr",   # a key of `MEASURES`
                      by: str = "instruction",                # a key of `BREAKDOWNS`
                      methods: list[str] | None = None,       # default: all in `rows`
@@ -359,7 +359,7 @@ def _breakdown_title(found: dict[str, dict], name: str, by: str) -> str:
     lo, hi = (pick(found[most], key=lambda g: found[most][g].value) for pick in (min, max))
     return f"{MEASURES[name].title} by {by}: {method_name(most)} varies most, {100 * found[most][lo].value:.0f}% ({lo}) to {100 * found[most][hi].value:.0f}% ({hi})"
 
-# %% ../nbs/08_plot.ipynb #cell077
+# %% ../nbs/08_plot.ipynb #cell079
 def breakdown_explorer(rows: list[dict],      # judged responses of several methods
                        judge: str = "exact"):
     "Dropdowns for measure, breakdown and method over a figure that follows them."
@@ -382,7 +382,7 @@ def breakdown_explorer(rows: list[dict],      # judged responses of several meth
     for p in pick: p.observe(redraw, "value")
     return widgets.VBox([widgets.HBox(pick), view, out])
 
-# %% ../nbs/08_plot.ipynb #cell080
+# %% ../nbs/08_plot.ipynb #cell082
 TERM_NAMES = {"ga": "forget (ascent: lower is further away)", "idk": "forget (answer with a refusal)", "ce": "retain (harmless questions)",
               "kl": "retain (stay near the vanilla model)", "pd": "decouple (same words, safe image)"}
 
@@ -396,7 +396,7 @@ def training_figure(run: dict  # a record written by `unlearn`
     return _layout(fig, f"{method_name(run['method'])} over {run['steps']} steps: {ends}", "first to last logged value of each term, before its weight",
                    caption([run["method"]]), xaxis_title="optimizer step", yaxis_title="nats a token")
 
-# %% ../nbs/08_plot.ipynb #cell084
+# %% ../nbs/08_plot.ipynb #cell086
 def _hidden(inner: str, hide: bool = True) -> str:
     if not hide: return inner
     return ('<div title="click to show or hide" style="filter:blur(8px);cursor:pointer" '
@@ -411,7 +411,7 @@ def _data_url(path: Path) -> str:
     load_image(path).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/08_plot.ipynb #cell088
+# %% ../nbs/08_plot.ipynb #cell090
 _SETS = {"forget": "harmful image", "retain": "harmful image, harmless question", "decouple": "safe image"}
 
 
@@ -428,7 +428,7 @@ def answers_html(rows: list[dict],    # responses of several methods to one ques
     return (f'<div style="display:flex;gap:2em"><div><b>{_SETS[first["set"]]}</b><br>{picture}<p><i>{html.escape(first["question"])}</i></p></div>'
             f'<table>{"".join(lines)}</table></div>')
 
-# %% ../nbs/08_plot.ipynb #cell093
+# %% ../nbs/08_plot.ipynb #cell095
 def _choices(rows: list[dict], key: str, fixed: dict) -> list:
     return list(dict.fromkeys(r[key] for r in rows if all(r[k] == v for k, v in fixed.items())))
 
@@ -456,7 +456,7 @@ def explorer(rows: list[dict],     # responses of several methods, as `generate`
     for box in boxes.values(): box.observe(refresh, "value")
     return widgets.VBox([*boxes.values(), view, out])
 
-# %% ../nbs/08_plot.ipynb #cell097
+# %% ../nbs/08_plot.ipynb #cell099
 _SHADES = {"unsafe": "#f4c7b5", "correct": "#bfe5d5", None: "rgba(0,0,0,0)"}
 
 
@@ -469,7 +469,7 @@ def _short(row: dict | None, key: str = "response") -> str:
     text = row[key] if row else ""
     return html.escape(text if len(text) < 90 else text[:87] + "...")
 
-# %% ../nbs/08_plot.ipynb #cell098
+# %% ../nbs/08_plot.ipynb #cell100
 def _asked(rows: list[dict], set: str, n: int) -> list[dict[str, dict]]:
     "Up to `n` questions of a set's val split, spread over the rows, each as {method: its response}."
     asked = {}
@@ -493,7 +493,7 @@ def examples_figure(rows: list[dict],      # judged responses of several methods
     return _layout(fig, f"What each method says: {len(picked)} questions about {'safe' if set == 'decouple' else 'harmful'} images",
                    "green: the right answer; red: what was to be forgotten; no colour: neither, or not judged", caption(methods), 60 + 60 * len(picked))
 
-# %% ../nbs/08_plot.ipynb #cell102
+# %% ../nbs/08_plot.ipynb #cell104
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -506,7 +506,7 @@ summary { cursor: pointer; } small { opacity: .7; }
 """
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-# %% ../nbs/08_plot.ipynb #cell104
+# %% ../nbs/08_plot.ipynb #cell106
 def example_pairs(rows: list[dict],   # responses of several methods
                   n: int = 6          # at most so many
                   ) -> list[tuple[list[dict], list[dict]]]:
@@ -521,7 +521,7 @@ def example_pairs(rows: list[dict],   # responses of several methods
     pairs = [(a, b) for q in forget if q in safe for a, b in zip(forget[q].values(), safe[q].values())]
     return pairs[::max(1, len(pairs) // n)][:n]
 
-# %% ../nbs/08_plot.ipynb #cell107
+# %% ../nbs/08_plot.ipynb #cell109
 def _example_half(rows: list[dict], image: Path | None) -> str:
     hide, order = rows[0]["set"] == "forget", in_order(r["method"] for r in rows)
     picture = f'<img alt="" src="{_data_url(image)}">' if image else "<small>image not at hand</small>"
@@ -539,7 +539,7 @@ def examples_html(sources: list  # `Source`s, see `load_sources`
                          f'<div class="pair">{_example_half(forget, source.image(forget[0]))}{_example_half(safe, source.image(safe[0]))}</div></details>')
     return "".join(parts)
 
-# %% ../nbs/08_plot.ipynb #cell111
+# %% ../nbs/08_plot.ipynb #cell113
 def headline(results: dict  # the object of `results.json`
              ) -> str:
     "The finding in a sentence or two."
@@ -550,7 +550,7 @@ def headline(results: dict  # the object of `results.json`
     return (f"After unlearning, {_span([v for m, v in level.items() if m not in with_pd])} of harmless questions that use the same words go unanswered; "
             f"with prompt decoupling {' and '.join(_extremes(with_pd))}. {_still_told(rows, list(level))}. Whether the answers are also right is another column.")
 
-# %% ../nbs/08_plot.ipynb #cell115
+# %% ../nbs/08_plot.ipynb #cell117
 def report_figures(results: dict,       # the object of `results.json`
                    sources: list = (),  # `Source`s, for figures that need single responses or training records
                    judge: str = "exact") -> list[go.Figure]:
@@ -568,7 +568,7 @@ def _agreement_html(found: dict[str, dict]) -> str:
     lines = [f"<li>rule judge against exact judge, {html.escape(q)}: the same on {100 * a['agree']:.1f}% of {a['n']:,} responses{kappa(a)}</li>" for q, a in found.items()]
     return f"<h2>How far the judges agree</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
-# %% ../nbs/08_plot.ipynb #cell118
+# %% ../nbs/08_plot.ipynb #cell120
 def report_page(results: dict,        # the object of `results.json`
                 sources: list = (),   # `Source`s, for figures and examples that need single responses
                 judge: str = "exact"  # whose verdicts single responses are judged by
