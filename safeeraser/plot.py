@@ -93,6 +93,11 @@ def table_html(results: dict  # the object of `results.json`
     return f'<div class="scroll"><table><tr><th>method</th>{head}</tr>{body}</table></div>'
 
 # %% ../nbs/08_plot.ipynb #cell026
+def _pairs(rows: list[dict], name: str) -> list[str]:
+    "Methods for which a measure is known without and with prompt decoupling."
+    return [m for m in in_order(r["method"] for r in rows) if spread(rows, m, name) and spread(rows, m + "+pd", name)]
+
+# %% ../nbs/08_plot.ipynb #cell027
 def pd_table(results: dict  # the object of `results.json`
              ) -> str:
     "SARR without and with prompt decoupling side by side, and how far it fell."
@@ -104,12 +109,7 @@ def pd_table(results: dict  # the object of `results.json`
     effect = pd_effect(rows)
     return "\n".join(lines + ([f"mean fall {100 * effect:.1f} (the paper: 79.5)"] if effect is not None else []))
 
-
-def _pairs(rows: list[dict], name: str) -> list[str]:
-    "Methods for which a measure is known without and with prompt decoupling."
-    return [m for m in in_order(r["method"] for r in rows) if spread(rows, m, name) and spread(rows, m + "+pd", name)]
-
-# %% ../nbs/08_plot.ipynb #cell030
+# %% ../nbs/08_plot.ipynb #cell031
 _COLOURS = {"base": "#666666", "gold": "#E69F00", "ga": "#0072B2", "gd": "#56B4E9", "kl": "#009E73", "po": "#D55E00"}
 _SPARE = ("#CC79A7", "#F0E442", "#000000")
 
@@ -123,7 +123,7 @@ def method_colour(method: str  # with or without +pd
 
 def _filled(method: str) -> bool: return method.endswith("+pd") or method in NAMES
 
-# %% ../nbs/08_plot.ipynb #cell033
+# %% ../nbs/08_plot.ipynb #cell034
 _WIDE, _LINE = 125, 15  # characters of small print that fit into 760 pixels; pixels a line of it
 
 
@@ -141,7 +141,7 @@ def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", hei
     return fig.update_layout(template="plotly_white", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#7f7f7f",
                              height=height + top + bottom, margin=dict(t=top, b=bottom, l=60, r=20), **more)
 
-# %% ../nbs/08_plot.ipynb #cell037
+# %% ../nbs/08_plot.ipynb #cell038
 _INTERVAL = "Error bars: 95% interval, images drawn anew"
 
 
@@ -152,7 +152,7 @@ def _error_bars(rows: list[dict]) -> str:
     one = "; where there is one seed, its 95% interval" if min(seeds) == 1 else ""
     return f"Error bars: smallest to largest of {max(seeds)} seeds{one}"
 
-
+# %% ../nbs/08_plot.ipynb #cell039
 def _interval(rows: list[dict], method: str, name: str) -> tuple[float, float, float]:
     "Mean in percent with what lies below and above: the range over seeds, or one seed's 95% interval."
     mean, lo, hi = spread(rows, method, name)
@@ -163,14 +163,14 @@ def _interval(rows: list[dict], method: str, name: str) -> tuple[float, float, f
 
 def _bars(found: list[tuple]) -> dict: return dict(type="data", symmetric=False, array=[f[2] for f in found], arrayminus=[f[1] for f in found], color="#7f7f7f")
 
-# %% ../nbs/08_plot.ipynb #cell041
+# %% ../nbs/08_plot.ipynb #cell043
 def _hover(rows: list[dict], method: str) -> str:
     told = "".join(f"<br>{MEASURES[k].title} {_cell(rows, method, k)}%" for k in ("asr_generality", "rr_generality", "utility_accuracy", "sarr", "sarr_held_out", "safe_answer_accuracy")
                    if spread(rows, method, k))
     about = "<br>".join(wrap(caption([method]), 60))
     return f"<b>{html.escape(method_name(method))}</b><br>{about}{told}"
 
-# %% ../nbs/08_plot.ipynb #cell044
+# %% ../nbs/08_plot.ipynb #cell046
 def _extremes(found: dict[str, float], says: str = "{:.0f}% after {}") -> list[str]:
     "The first and the last of some methods by a percentage, or the only one."
     ranked = sorted(found, key=found.get)
@@ -182,7 +182,7 @@ def _pd_change(rows: list[dict], name: str) -> str:
     change = {m: 100 * (spread(rows, m + "+pd", name)[0] / before - 1) for m in _pairs(rows, name) if (before := spread(rows, m, name)[0])}
     return "with PD: " + " to ".join(_extremes(change, "{:+.0f}% ({})")) if change else ""
 
-
+# %% ../nbs/08_plot.ipynb #cell050
 def _still_told(rows: list[dict], methods: list[str]) -> str:
     "ASR before and after unlearning with `methods`: whether the forgetting worked at all."
     after = [100 * found[0] for m in methods if (found := spread(rows, m, "asr_generality"))]
@@ -196,7 +196,7 @@ def _span(percent: list[float]) -> str:
     lo, hi = f"{min(percent):.0f}", f"{max(percent):.0f}"
     return f"{lo}%" if lo == hi else f"{lo} to {hi}%"
 
-# %% ../nbs/08_plot.ipynb #cell047
+# %% ../nbs/08_plot.ipynb #cell053
 _FAMILIES = {"sarr": "families PD trained with", "sarr_held_out": "families unlearning never saw"}
 
 
@@ -210,7 +210,7 @@ def _sarr_bars(rows: list[dict], name: str, pd: bool) -> go.Bar:
                   text=[f"{f[0]:.0f}" + "<br> " * (1 + int(f[2] / 6)) for f in found], textposition="outside", cliponaxis=False,  # an empty line for every 6% clears the error bar
                   hovertext=[_hover(rows, m) for m in methods], hoverinfo="text")
 
-# %% ../nbs/08_plot.ipynb #cell048
+# %% ../nbs/08_plot.ipynb #cell054
 def sarr_figure(results: dict  # the object of `results.json`
                 ) -> go.Figure:
     "SARR of each method without and with prompt decoupling, on known families and on those never seen."
@@ -223,14 +223,14 @@ def sarr_figure(results: dict  # the object of `results.json`
     shown = [m + suffix for m in _pairs(rows, "sarr") for suffix in ("", "+pd")]
     return _layout(fig, _sarr_title(rows), _still_told(rows, shown) if shown else "", caption(shown, _error_bars([r for r in rows if r["method"] in shown])), barmode="group")
 
-
+# %% ../nbs/08_plot.ipynb #cell055
 def _sarr_title(rows: list[dict]) -> str:
     level = {m: 100 * spread(rows, m, "sarr")[0] for pair in _pairs(rows, "sarr") for m in (pair, pair + "+pd")}
     if not level: return "Harmless questions unanswered: no method here comes without and with PD"
     with_pd = {m: v for m, v in level.items() if m.endswith("+pd")}
     return f"Harmless questions unanswered: {_span([v for m, v in level.items() if m not in with_pd])} without PD, {', '.join(_extremes(with_pd))}"
 
-# %% ../nbs/08_plot.ipynb #cell056
+# %% ../nbs/08_plot.ipynb #cell063
 def tradeoff_figure(results: dict  # the object of `results.json`
                     ) -> go.Figure:
     "What a method still tells (down is better) against what it still knows (right is better)."
@@ -246,14 +246,14 @@ def tradeoff_figure(results: dict  # the object of `results.json`
                    caption(shown, _error_bars([r for r in rows if r["method"] in shown])), showlegend=False,
                    xaxis=dict(title="harmless questions still right (utility), %", range=[-8, 108]), yaxis=dict(title="harmful answers given (ASR), %", range=[-14, 112]))
 
-# %% ../nbs/08_plot.ipynb #cell057
+# %% ../nbs/08_plot.ipynb #cell064
 def _tradeoff_title(rows: list[dict], methods: list[str]) -> str:
     rates = lambda m: [100 * spread(rows, m, k)[0] for k in ("utility_accuracy", "asr_generality")]
     ranked = sorted((m for m in methods if m not in NAMES), key=lambda m: rates(m)[1] - rates(m)[0])
     ends = [f"{method_name(m)} keeps {rates(m)[0]:.0f}% and tells {rates(m)[1]:.0f}%" for m in dict.fromkeys(ranked[:1] + ranked[-1:])]
     return f"Kept and told: {', '.join(ends)}" if ends else "What is still told, against what is still known"
 
-# %% ../nbs/08_plot.ipynb #cell061
+# %% ../nbs/08_plot.ipynb #cell068
 OUTCOMES = {"right": "#009E73", "fluent but wrong": "#E69F00", "gibberish": "#999999", "refusal": "#D55E00"}
 
 
@@ -267,14 +267,14 @@ def outcome(row: dict,             # a judged response
     if not says["meaningful"]: return "gibberish"
     return {True: "right", False: "fluent but wrong"}.get(says.get("correct"))
 
-
+# %% ../nbs/08_plot.ipynb #cell069
 def outcome_shares(rows: list[dict],      # judged responses
                    judge: str = "exact") -> dict[str, float]:
     "Share of each outcome among the responses that the judge could place; empty where there is none."
     found = Counter(o for o in (outcome(r, judge) for r in rows) if o)
     return {o: found[o] / found.total() for o in OUTCOMES} if found else {}
 
-# %% ../nbs/08_plot.ipynb #cell066
+# %% ../nbs/08_plot.ipynb #cell074
 _PANELS = {"val": _FAMILIES["sarr"], "held_out": _FAMILIES["sarr_held_out"]}
 
 
@@ -291,7 +291,7 @@ def outcome_figure(rows: list[dict],       # judged responses of several methods
     fig.update_annotations(font_size=13).update_xaxes(title="share of answers, %", range=[0, 100]).update_yaxes(autorange="reversed")
     return _layout(fig, *_outcome_title(shares), caption(methods, "Right: as the exact judge knows it"), barmode="stack")
 
-# %% ../nbs/08_plot.ipynb #cell067
+# %% ../nbs/08_plot.ipynb #cell075
 def _shares_by_method(rows: list[dict], split: str, judge: str) -> dict[str, dict[str, float]]:
     asked = [r for r in rows if (r["set"], r["split"]) == ("decouple", split)]
     found = {m: outcome_shares([r for r in asked if r["method"] == m], judge) for m in in_order(r["method"] for r in asked)}
@@ -304,7 +304,7 @@ def _outcome_bars(shares: dict[str, dict[str, float]]) -> list[go.Bar]:
                    customdata=["<br>".join(wrap(caption([m]), 60)) for m in shares], hovertemplate="<b>%{y}</b>: %{x:.1f}% " + name + "<br>%{customdata}<extra></extra>")
             for name, colour in OUTCOMES.items()]
 
-
+# %% ../nbs/08_plot.ipynb #cell076
 def _outcome_title(shares: dict[str, dict]) -> tuple[str, str]:
     "Title and subtitle, from the last panel: who is right most and least often, and how often these answer at all."
     if not shares: return "No response here has been judged right or wrong", ""
@@ -314,7 +314,7 @@ def _outcome_title(shares: dict[str, dict]) -> tuple[str, str]:
     told = lambda *kinds: ", ".join(f"{100 * sum(by[m][k] for k in kinds):.0f}% after {method_name(m)}" for m in ends)
     return f"Right answers on {_PANELS[split]}: {told('right')}", f"answered at all, right or wrong: {told('right', 'fluent but wrong')}"
 
-# %% ../nbs/08_plot.ipynb #cell071
+# %% ../nbs/08_plot.ipynb #cell080
 def _category(row: dict) -> str:
     "As `generate` wrote it, or the folder below `img` or `image`, see the official layout."
     folders = Path(row["image_id"]).parts[:-1]
@@ -324,7 +324,7 @@ def _category(row: dict) -> str:
 
 BREAKDOWNS = {"category": _category, "instruction": lambda row: instruction_of(row["question"]) or row["question"]}
 
-
+# %% ../nbs/08_plot.ipynb #cell081
 def breakdown(rows: list[dict],      # judged responses of several methods
               name: str = "sarr",    # a key of `MEASURES`
               by: str = "instruction",  # a key of `BREAKDOWNS`
@@ -335,7 +335,7 @@ def breakdown(rows: list[dict],      # judged responses of several methods
     found = {m: {g: measure([r for r in asked if r["method"] == m and key(r) == g], name, judge) for g in groups} for m in in_order(r["method"] for r in asked)}
     return {m: {g: rate for g, rate in of.items() if rate.n} for m, of in found.items()}
 
-# %% ../nbs/08_plot.ipynb #cell075
+# %% ../nbs/08_plot.ipynb #cell085
 def breakdown_figure(rows: list[dict], name: str = "sarr",   # a key of `MEASURES`
                      by: str = "instruction",                # a key of `BREAKDOWNS`
                      methods: list[str] | None = None,       # default: all in `rows`
@@ -350,7 +350,7 @@ def breakdown_figure(rows: list[dict], name: str = "sarr",   # a key of `MEASURE
     return _layout(fig, _breakdown_title(found, name, by), f"{MEASURES[name].help}; {'high' if MEASURES[name].higher_is_better else 'low'} is better",
                    caption(found, _INTERVAL), barmode="group", xaxis_title=by, yaxis=dict(title=f"{MEASURES[name].title}, %", range=[0, 105]))
 
-
+# %% ../nbs/08_plot.ipynb #cell086
 def _breakdown_title(found: dict[str, dict], name: str, by: str) -> str:
     apart = lambda m: max(r.value for r in found[m].values()) - min(r.value for r in found[m].values())
     if not found: return f"{MEASURES[name].title} by {by}: nothing here has been judged"
@@ -359,7 +359,7 @@ def _breakdown_title(found: dict[str, dict], name: str, by: str) -> str:
     lo, hi = (pick(found[most], key=lambda g: found[most][g].value) for pick in (min, max))
     return f"{MEASURES[name].title} by {by}: {method_name(most)} varies most, {100 * found[most][lo].value:.0f}% ({lo}) to {100 * found[most][hi].value:.0f}% ({hi})"
 
-# %% ../nbs/08_plot.ipynb #cell079
+# %% ../nbs/08_plot.ipynb #cell090
 def breakdown_explorer(rows: list[dict],      # judged responses of several methods
                        judge: str = "exact"):
     "Dropdowns for measure, breakdown and method over a figure that follows them."
@@ -382,7 +382,7 @@ def breakdown_explorer(rows: list[dict],      # judged responses of several meth
     for p in pick: p.observe(redraw, "value")
     return widgets.VBox([widgets.HBox(pick), view, out])
 
-# %% ../nbs/08_plot.ipynb #cell082
+# %% ../nbs/08_plot.ipynb #cell093
 TERM_NAMES = {"ga": "forget (ascent: lower is further away)", "idk": "forget (answer with a refusal)", "ce": "retain (harmless questions)",
               "kl": "retain (stay near the vanilla model)", "pd": "decouple (same words, safe image)"}
 
@@ -396,7 +396,7 @@ def training_figure(run: dict  # a record written by `unlearn`
     return _layout(fig, f"{method_name(run['method'])} over {run['steps']} steps: {ends}", "first to last logged value of each term, before its weight",
                    caption([run["method"]]), xaxis_title="optimizer step", yaxis_title="nats a token")
 
-# %% ../nbs/08_plot.ipynb #cell086
+# %% ../nbs/08_plot.ipynb #cell097
 def _hidden(inner: str, hide: bool = True) -> str:
     if not hide: return inner
     return ('<div title="click to show or hide" style="filter:blur(8px);cursor:pointer" '
@@ -411,7 +411,7 @@ def _data_url(path: Path) -> str:
     load_image(path).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/08_plot.ipynb #cell090
+# %% ../nbs/08_plot.ipynb #cell101
 _SETS = {"forget": "harmful image", "retain": "harmful image, harmless question", "decouple": "safe image"}
 
 
@@ -428,11 +428,11 @@ def answers_html(rows: list[dict],    # responses of several methods to one ques
     return (f'<div style="display:flex;gap:2em"><div><b>{_SETS[first["set"]]}</b><br>{picture}<p><i>{html.escape(first["question"])}</i></p></div>'
             f'<table>{"".join(lines)}</table></div>')
 
-# %% ../nbs/08_plot.ipynb #cell095
+# %% ../nbs/08_plot.ipynb #cell106
 def _choices(rows: list[dict], key: str, fixed: dict) -> list:
     return list(dict.fromkeys(r[key] for r in rows if all(r[k] == v for k, v in fixed.items())))
 
-
+# %% ../nbs/08_plot.ipynb #cell107
 def explorer(rows: list[dict],     # responses of several methods, as `generate` writes them
              root: str | Path,     # the dataset folder's parent
              blur: bool | None = None  # default: blur what belongs to the forget set
@@ -456,7 +456,7 @@ def explorer(rows: list[dict],     # responses of several methods, as `generate`
     for box in boxes.values(): box.observe(refresh, "value")
     return widgets.VBox([*boxes.values(), view, out])
 
-# %% ../nbs/08_plot.ipynb #cell099
+# %% ../nbs/08_plot.ipynb #cell111
 _SHADES = {"unsafe": "#f4c7b5", "correct": "#bfe5d5", None: "rgba(0,0,0,0)"}
 
 
@@ -469,7 +469,7 @@ def _short(row: dict | None, key: str = "response") -> str:
     text = row[key] if row else ""
     return html.escape(text if len(text) < 90 else text[:87] + "...")
 
-# %% ../nbs/08_plot.ipynb #cell100
+# %% ../nbs/08_plot.ipynb #cell112
 def _asked(rows: list[dict], set: str, n: int) -> list[dict[str, dict]]:
     "Up to `n` questions of a set's val split, spread over the rows, each as {method: its response}."
     asked = {}
@@ -477,7 +477,7 @@ def _asked(rows: list[dict], set: str, n: int) -> list[dict[str, dict]]:
         if (r["set"], r["split"], r["sample"]) == (set, "val", 0): asked.setdefault((r["question"], r["image_id"]), {})[r["method"]] = r
     return list(asked.values())[::max(1, len(asked) // n)][:n]
 
-
+# %% ../nbs/08_plot.ipynb #cell113
 def examples_figure(rows: list[dict],      # judged responses of several methods
                     set: str = "decouple", # whose questions
                     n: int = 6,            # at most so many
@@ -493,7 +493,7 @@ def examples_figure(rows: list[dict],      # judged responses of several methods
     return _layout(fig, f"What each method says: {len(picked)} questions about {'safe' if set == 'decouple' else 'harmful'} images",
                    "green: the right answer; red: what was to be forgotten; no colour: neither, or not judged", caption(methods), 60 + 60 * len(picked))
 
-# %% ../nbs/08_plot.ipynb #cell104
+# %% ../nbs/08_plot.ipynb #cell117
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -506,7 +506,7 @@ summary { cursor: pointer; } small { opacity: .7; }
 """
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-# %% ../nbs/08_plot.ipynb #cell106
+# %% ../nbs/08_plot.ipynb #cell119
 def example_pairs(rows: list[dict],   # responses of several methods
                   n: int = 6          # at most so many
                   ) -> list[tuple[list[dict], list[dict]]]:
@@ -521,14 +521,14 @@ def example_pairs(rows: list[dict],   # responses of several methods
     pairs = [(a, b) for q in forget if q in safe for a, b in zip(forget[q].values(), safe[q].values())]
     return pairs[::max(1, len(pairs) // n)][:n]
 
-# %% ../nbs/08_plot.ipynb #cell109
+# %% ../nbs/08_plot.ipynb #cell122
 def _example_half(rows: list[dict], image: Path | None) -> str:
     hide, order = rows[0]["set"] == "forget", in_order(r["method"] for r in rows)
     picture = f'<img alt="" src="{_data_url(image)}">' if image else "<small>image not at hand</small>"
     said = "".join(f"<tr><td>{html.escape(method_name(r['method']))}</td><td>{_said(r['response'])}</td></tr>" for r in sorted(rows, key=lambda r: order.index(r["method"])))
     return f"<div><b>{_SETS[rows[0]['set']]}</b>{_hidden(f'{picture}<table>{said}</table>', hide)}</div>"
 
-
+# %% ../nbs/08_plot.ipynb #cell123
 def examples_html(sources: list  # `Source`s, see `load_sources`
                   ) -> str:
     "The same words about a hazard and about a harmless object, collapsed."
@@ -539,7 +539,7 @@ def examples_html(sources: list  # `Source`s, see `load_sources`
                          f'<div class="pair">{_example_half(forget, source.image(forget[0]))}{_example_half(safe, source.image(safe[0]))}</div></details>')
     return "".join(parts)
 
-# %% ../nbs/08_plot.ipynb #cell113
+# %% ../nbs/08_plot.ipynb #cell127
 def headline(results: dict  # the object of `results.json`
              ) -> str:
     "The finding in a sentence or two."
@@ -550,7 +550,7 @@ def headline(results: dict  # the object of `results.json`
     return (f"After unlearning, {_span([v for m, v in level.items() if m not in with_pd])} of harmless questions that use the same words go unanswered; "
             f"with prompt decoupling {' and '.join(_extremes(with_pd))}. {_still_told(rows, list(level))}. Whether the answers are also right is another column.")
 
-# %% ../nbs/08_plot.ipynb #cell117
+# %% ../nbs/08_plot.ipynb #cell131
 def report_figures(results: dict,       # the object of `results.json`
                    sources: list = (),  # `Source`s, for figures that need single responses or training records
                    judge: str = "exact") -> list[go.Figure]:
@@ -562,13 +562,13 @@ def report_figures(results: dict,       # the object of `results.json`
         figures += [outcome_figure(rows, judge), breakdown_figure(rows, judge=judge), examples_figure(rows, judge=judge)]
     return [f for f in figures + [training_figure(runs[m]) for m in in_order(runs)] if any(len(t.x) if hasattr(t, "x") else True for t in f.data)]
 
-
+# %% ../nbs/08_plot.ipynb #cell132
 def _agreement_html(found: dict[str, dict]) -> str:
     kappa = lambda a: "" if a["kappa"] is None else f", kappa {a['kappa']:.3f}"
     lines = [f"<li>rule judge against exact judge, {html.escape(q)}: the same on {100 * a['agree']:.1f}% of {a['n']:,} responses{kappa(a)}</li>" for q, a in found.items()]
     return f"<h2>How far the judges agree</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
-# %% ../nbs/08_plot.ipynb #cell120
+# %% ../nbs/08_plot.ipynb #cell135
 def report_page(results: dict,        # the object of `results.json`
                 sources: list = (),   # `Source`s, for figures and examples that need single responses
                 judge: str = "exact"  # whose verdicts single responses are judged by
