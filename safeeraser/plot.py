@@ -17,6 +17,7 @@ from pathlib import Path
 from textwrap import wrap
 
 import plotly.graph_objects as go
+from plotly.io import templates
 from plotly.subplots import make_subplots
 
 from .data import load_image
@@ -124,6 +125,8 @@ def method_colour(method: str  # with or without +pd
 def _filled(method: str) -> bool: return method.endswith("+pd") or method in NAMES
 
 # %% ../nbs/08_plot.ipynb #cell034
+_GRID = dict.fromkeys(("gridcolor", "zerolinecolor", "linecolor"), "rgba(128,128,128,.25)")  # faint on white and on black
+_TEMPLATE = go.layout.Template(templates["plotly_white"]).update(layout=dict(xaxis=_GRID, yaxis=_GRID))
 _WIDE, _LINE = 125, 15  # characters of small print that fit into 760 pixels; pixels a line of it
 
 
@@ -132,13 +135,13 @@ def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", hei
     heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 84), (subtitle, _WIDE), (below, _WIDE)))
     panels = max((1 + a.text.count("<br>") for a in fig.layout.annotations), default=0)  # lines of their titles
     top, foot = 34 + 20 * len(heads) + 17 * (len(subs) + panels), 12 + _LINE * len(lines)
-    bottom = foot + 75  # the axis' title and the legend
+    bottom = foot + 80  # the axis' title and the legend
     if lines: fig.add_annotation(text="<br>".join(lines), x=0, xref="paper", xanchor="left", xshift=-50, y=0, yref="paper", yanchor="top", yshift=foot - bottom,
                                  align="left", showarrow=False, font_size=11)
     fig.update_layout(title=dict(text="<br>".join(heads), subtitle=dict(text="<br>".join(subs), font=dict(size=12, color="#7f7f7f")), font_size=16,
                                  x=0, xanchor="left", y=1, yref="container", yanchor="top", pad=dict(t=12, l=10)),
-                      legend=dict(orientation="h", x=0, yref="container", y=(foot + 8) / (height + top + bottom), yanchor="bottom", traceorder="normal"))
-    return fig.update_layout(template="plotly_white", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#7f7f7f",
+                      legend=dict(orientation="h", x=0, yref="container", y=(foot + 14) / (height + top + bottom), yanchor="bottom", traceorder="normal"))
+    return fig.update_layout(template=_TEMPLATE, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#7f7f7f",
                              height=height + top + bottom, margin=dict(t=top, b=bottom, l=60, r=20), **more)
 
 # %% ../nbs/08_plot.ipynb #cell038
