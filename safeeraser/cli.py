@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/09_cli.ipynb #cell007
+# %% ../nbs/09_cli.ipynb #cell006
 def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None) -> Path:
     "Generate and judge, by rules and exactly; returns the judged file."
     from safeeraser.generate import generate
@@ -23,12 +23,12 @@ def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None
     judge(folder/"judged.jsonl", "exact", folder/"judged.jsonl")
     return folder/"judged.jsonl"
 
-
+# %% ../nbs/09_cli.ipynb #cell008
 def _train_base(seed: int, gold: bool):
     from safeeraser.world import base_model, BaseConfig
     base_model(BaseConfig(seed=seed, gold=gold), progress=not gold)
 
-# %% ../nbs/09_cli.ipynb #cell009
+# %% ../nbs/09_cli.ipynb #cell010
 def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     "One line of the table: unlearn (unless `method` is base or gold), generate, judge, count."
     from safeeraser.metrics import report
@@ -43,7 +43,7 @@ def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     judged = _evaluate(model, world/"dataset", folder, adapter)
     return report(judged, judge="exact")["rows"][0] | {"seconds": seconds}
 
-# %% ../nbs/09_cli.ipynb #cell010
+# %% ../nbs/09_cli.ipynb #cell012
 class _Inline:
     "An executor that runs at once, in this process."
     def __enter__(self): return self
@@ -56,7 +56,7 @@ class _Inline:
         except Exception as e: future.set_exception(e)
         return future
 
-# %% ../nbs/09_cli.ipynb #cell011
+# %% ../nbs/09_cli.ipynb #cell016
 def _executor(workers: int | None):
     "Processes with one thread each; on a GPU, or with one worker, this process."
     import multiprocessing, torch
@@ -65,7 +65,15 @@ def _executor(workers: int | None):
     if workers == 1: return _Inline()
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 
+# %% ../nbs/09_cli.ipynb #cell017
+def _quiet_worker():
+    import torch
+    from transformers.utils import logging
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
+# %% ../nbs/09_cli.ipynb #cell020
 @contextmanager
 def _cancelling(pool):
     "When something goes wrong, don't start what has not been started."
@@ -74,15 +82,7 @@ def _cancelling(pool):
         pool.shutdown(cancel_futures=True)
         raise
 
-# %% ../nbs/09_cli.ipynb #cell013
-def _quiet_worker():
-    import torch
-    from transformers.utils import logging
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-# %% ../nbs/09_cli.ipynb #cell014
+# %% ../nbs/09_cli.ipynb #cell023
 def demo(out: str | Path,                    # folder to fill
          seeds: int = 1,                     # seeds 1 to this
          methods: list[str] | None = None,   # default: the eight presets
@@ -106,33 +106,37 @@ def demo(out: str | Path,                    # folder to fill
     order = [(s, m) for s in numbers for m in methods]
     return _write_results(out, [lines[k] for k in order], [out/f"seed{s}"/m/"judged.jsonl" for s, m in order], list(numbers), methods)
 
-# %% ../nbs/09_cli.ipynb #cell016
-def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str]) -> dict:
-    from safeeraser.generate import read_rows, ROW_KEYS, write_rows
+# %% ../nbs/09_cli.ipynb #cell025
+def _demo_settings(rows: list[dict], seeds: list[int], methods: list[str]) -> dict:
+    "What `results.json` says about how its numbers came about."
     from safeeraser.judge import agreement
+    from safeeraser.world import GENERATE_SETTINGS, HAZARDS, HELD_OUT_FAMILIES, nearest_hazard, SPLIT_SIZES, UNLEARN_SETTINGS
+    return {"judge": "exact", "decoding": "greedy", "seeds": seeds, "methods": methods, "unlearn": UNLEARN_SETTINGS,
+            "generate": GENERATE_SETTINGS, "records": SPLIT_SIZES, "hazards": HAZARDS,
+            "held_out_nearest_hazard": {f: nearest_hazard(f) for f in HELD_OUT_FAMILIES},
+            "rule_judge_agreement": {q: {"n": a.n, "agree": a.agree, "kappa": a.kappa}
+                                     for q in ("refusal", "meaningful") if (a := agreement(rows, "rule", "exact", q))}}
+
+# %% ../nbs/09_cli.ipynb #cell029
+def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str]) -> dict:
+    from safeeraser.data import write_whole
+    from safeeraser.generate import read_rows, ROW_KEYS, write_rows
     from safeeraser.metrics import load_sources, make_results
     from safeeraser.model import environment
-    from safeeraser.data import write_whole
     from safeeraser.plot import report_page
-    from safeeraser.world import GENERATE_SETTINGS, HAZARDS, HELD_OUT_FAMILIES, nearest_hazard, SPLIT_SIZES, UNLEARN_SETTINGS
     rows = [r for file in judged for r in read_rows(file)]
-    settings = {"judge": "exact", "decoding": "greedy", "seeds": seeds, "methods": methods, "unlearn": UNLEARN_SETTINGS,
-                "generate": GENERATE_SETTINGS, "records": SPLIT_SIZES, "hazards": HAZARDS,
-                "held_out_nearest_hazard": {f: nearest_hazard(f) for f in HELD_OUT_FAMILIES},
-                "rule_judge_agreement": {q: {"n": a.n, "agree": a.agree, "kappa": a.kappa}
-                                         for q in ("refusal", "meaningful") if (a := agreement(rows, "rule", "exact", q))}}
-    results = make_results(lines, settings, environment())
+    results = make_results(lines, _demo_settings(rows, seeds, methods), environment())
     write_rows(out/"responses.jsonl", [{k: r[k] for k in ROW_KEYS} for r in rows])
     _write_json(out/"results.json", results)
     write_whole(out/"report.html", report_page(results, load_sources(out)))
     return results
 
-# %% ../nbs/09_cli.ipynb #cell017
+
 def _write_json(path: Path, value):
     from safeeraser.data import write_whole
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
-# %% ../nbs/09_cli.ipynb #cell019
+# %% ../nbs/09_cli.ipynb #cell031
 def _summary(results: dict) -> str:
     "What a person wants to read at the end."
     from safeeraser.plot import pd_table, results_table
@@ -148,14 +152,14 @@ def _summary(results: dict) -> str:
         parts.append(f"rule judge against exact judge, {q}: agree on {100 * a['agree']:.1f}% of {a['n']} responses (kappa {kappa})")
     return "\n\n".join(parts)
 
-# %% ../nbs/09_cli.ipynb #cell021
+# %% ../nbs/09_cli.ipynb #cell035
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Multimodal safety unlearning: make a vision-language model forget how to answer harmful questions, and measure what else it lost.")
 
 Model = Annotated[str, typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")]
 Data = Annotated[Path, typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")]
 
-
+# %% ../nbs/09_cli.ipynb #cell037
 @app.command()
 def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (official layout) and OUT/model.")],
           seed: Annotated[int, typer.Option(help="Governs data and model.")] = 0,
@@ -168,7 +172,7 @@ def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (o
     print("held-out families, each with its nearest hazard and their overlap (0 to 1): " +
           ", ".join(f"{f}: {h} {o:.2f}" for f in HELD_OUT_FAMILIES for h, o in [nearest_hazard(f)]))
 
-# %% ../nbs/09_cli.ipynb #cell022
+# %% ../nbs/09_cli.ipynb #cell039
 def _value(text: str):
     "A setting's value as JSON where it is JSON, else as text."
     try: return json.loads(text)
@@ -181,7 +185,7 @@ def _settings(pairs: list[str]) -> dict:
         if "=" not in p: raise SafeEraserError(f"--set {p}: name=value belongs here, such as --set learning_rate=1e-4")
     return {name.strip(): _value(value.strip()) for name, _, value in (p.partition("=") for p in pairs)}
 
-# %% ../nbs/09_cli.ipynb #cell024
+# %% ../nbs/09_cli.ipynb #cell043
 @app.command()
 def unlearn(model: Model, data: Data,
             method: Annotated[str, typer.Option(help="A preset (ga gd kl po, each also with +pd) or a spelling such as 'npo(beta=0.1) + kl + 0.5 pd'.")],
@@ -198,7 +202,7 @@ def unlearn(model: Model, data: Data,
     print(f"{method}: {record['steps']} steps of {record['effective_batch']} in {record['seconds']:.0f} s"
           + (f"; stopped at step {record['stopped']['step']}: {record['stopped']['reason']}" if record["stopped"] else "") + f"; adapter in {out}")
 
-# %% ../nbs/09_cli.ipynb #cell026
+# %% ../nbs/09_cli.ipynb #cell045
 @app.command()
 def generate(model: Model, data: Data,
              out: Annotated[Path, typer.Option(help="File to write, one response a line. An interrupted run goes on.")],
@@ -215,7 +219,7 @@ def generate(model: Model, data: Data,
     run(model, data, out, adapter, splits and splits.split(","), samples, temperature, top_p, max_new_tokens, batch_size, seed)
     print(f"wrote {out}")
 
-# %% ../nbs/09_cli.ipynb #cell028
+# %% ../nbs/09_cli.ipynb #cell047
 @app.command()
 def judge(responses: Annotated[Path, typer.Argument(help="A file written by generate.")],
           judge: Annotated[str, typer.Option(help="rule (refusal and gibberish, any data) or exact (everything, the world's questions only).")],
@@ -227,7 +231,7 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
         values = [r["verdicts"][judge][q]["value"] for r in rows]
         print(f"{q:11} yes {values.count(True):5}   no {values.count(False):5}   unscored {values.count(None):5}")
 
-# %% ../nbs/09_cli.ipynb #cell030
+# %% ../nbs/09_cli.ipynb #cell049
 @app.command()
 def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either.")],
            judge: Annotated[Optional[str], typer.Option(help="Whose verdicts count, where several judges have been at work.")] = None,
@@ -244,7 +248,7 @@ def report(paths: Annotated[list[Path], typer.Argument(help="results.json files,
     write_whole(page, report_page(results, sources, judge or "exact"))
     print(_summary(results), f"page: {page}", sep="\n\n")
 
-# %% ../nbs/09_cli.ipynb #cell031
+# %% ../nbs/09_cli.ipynb #cell051
 @app.command(name="demo")
 def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
                  seeds: Annotated[int, typer.Option(help="Run seeds 1 to this.", min=1)] = 1,
@@ -254,12 +258,12 @@ def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
     results = demo(out, seeds, [m.strip() for m in methods.split(",")] if methods else None, workers)
     print(_summary(results), f"results in {out}/results.json, every response in {out}/responses.jsonl, figures and examples in {out}/report.html", sep="\n\n")
 
-# %% ../nbs/09_cli.ipynb #cell033
+# %% ../nbs/09_cli.ipynb #cell053
 def _interrupted(*_):
     print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
     sys.exit(130)
 
-
+# %% ../nbs/09_cli.ipynb #cell054
 def main():
     "The `safeeraser` command."
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
