@@ -435,7 +435,7 @@ class Verdict:
     difference: float = float("nan")  # largest difference of a log-probability, in nats
     noise: float = float("nan")       # the same between rows alone and rows padded to a common length
 
-    def __str__(self): return f"packing: {self.route or 'off'} ({self.why})"
+    def __str__(self): return f"images shared: {self.route or 'no'} ({self.why})"
 
 # %% ../nbs/10_packing.ipynb #cell056
 SHORT_ROW = 512  # tokens; a mask over rows shorter than this is cheaper than a kernel call a segment
