@@ -140,7 +140,7 @@ def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
         return {}
     lines = part.read_text(encoding="utf-8").split("\n")
     if not lines[0] or _parsed(lines[0]) != header:
-        raise SafeEraserError(f"{part} was begun with other settings; remove it or name another --out")
+        raise SafeEraserError(f"{part} was begun with other settings, questions or images; remove it or name another --out")
     whole = [row for row in map(_parsed, lines[1:-1]) if row]  # behind the last newline is nothing, or half a line
     part.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [header, *whole]), encoding="utf-8")
     return {row_key(r): r for r in whole}
@@ -160,6 +160,12 @@ def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
     return ("adapter" if adapter else "base"), 0
 
 # %% ../nbs/05_generate.ipynb #cell026
+def _digest(requests: list[Request]) -> str:
+    "Names what is asked: questions, and the images' contents, which may be replaced between two runs."
+    contents = {i: hashlib.sha256(i.read_bytes()).hexdigest() for i in {r.item.image for r in requests}}
+    return hashlib.sha256(repr([(contents[r.item.image], r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
+
+# %% ../nbs/05_generate.ipynb #cell027
 def generate(model: str | Path,                   # the vanilla model: a folder, or a name on the hub
              data: str | Path,                    # the folder that holds `all_train.json`
              out: str | Path,                     # the file to write, `responses.jsonl`
@@ -183,14 +189,14 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
     max_new_tokens, batch_size = max_new_tokens or own.get("max_new_tokens", 512), batch_size or own.get("batch_size")
     out, (method, run_seed), requests = Path(out), _identity(model, adapter), plan_requests(data, splits, samples)
     if out.is_dir(): raise SafeEraserError(f"{out}: is a folder; --out is a file such as responses.jsonl")
-    questions = hashlib.sha256(repr([(r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
+    questions = _digest(requests)
     header = {"schema_version": SCHEMA_VERSION, "model": str(model), "adapter": adapter and str(adapter), "method": method, "seed": run_seed,
               "questions": questions, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed}
     part = out.with_name(out.name + ".part")
     with only_here(part), cpu_threads(1):
         return _fill(partial(_asker, model, adapter, header, batch_size, batch_tokens, share_images, device), part, out, header, requests, progress)
 
-# %% ../nbs/05_generate.ipynb #cell028
+# %% ../nbs/05_generate.ipynb #cell029
 @dataclass
 class Asker:
     "A model that answers batches of requests."
@@ -222,7 +228,7 @@ def _asker(model, adapter, header: dict, batch_size: int | None, batch_tokens: i
     if engine: engine.tokens_at_once = batch_tokens
     return Asker(net, encoder, engine, batch_size or (64 if engine else 16), header)
 
-# %% ../nbs/05_generate.ipynb #cell029
+# %% ../nbs/05_generate.ipynb #cell030
 def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool) -> Path:
     method, run_seed, done = header["method"], header["seed"], resume_rows(part, header)
     key = lambda r: row_key(response_row(r, "", method, run_seed))

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PASS_TOKENS', 'SPLIT', 'ROUTES', 'SHORT_ROW', 'FAILURES', 'PackedRow', 'segment_numbers', 'own_positions',
-           'packing_mask', 'CannotPack', 'Packer', 'passes', 'stack_rows', 'only', 'merge_attention', 'flash',
-           'flash_backward', 'SplitAttention', 'Rows', 'split_attention', 'register_split', 'unwrapped', 'attention_of',
-           'set_attention', 'use_route', 'position_ids', 'check_plain_causal', 'packed_masks', 'nothing_masked',
-           'packed_log_probs', 'Verdict', 'preferred_routes', 'tolerance', 'check_packing', 'first_line', 'to_device',
-           'PackedCollator']
+           'packing_mask', 'CannotPack', 'Packer', 'passes', 'stack_rows', 'segment_names', 'only', 'merge_attention',
+           'flash', 'flash_backward', 'SplitAttention', 'Rows', 'split_attention', 'register_split', 'unwrapped',
+           'attention_of', 'set_attention', 'use_route', 'position_ids', 'check_plain_causal', 'packed_masks',
+           'nothing_masked', 'packed_log_probs', 'Verdict', 'preferred_routes', 'tolerance', 'check_packing',
+           'first_line', 'to_device', 'PackedCollator']
 
 # %% ../nbs/10_packing.ipynb #cell003
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -205,7 +206,17 @@ def stack_rows(rows: list[PackedRow],
              "per_token": {k: torch.stack([_pad_first(r.per_token[k], size) for r in rows]) for k in rows[0].per_token}}
     batch["item"], batch["n_items"] = _number_items(batch["kind"], batch["item"])
     asked = [r for r in (only(r, reference_kinds) for r in rows) if r]
-    return batch | {"reference": stack_rows(asked) if asked else None}
+    return batch | {"reference": stack_rows(asked) | {"names": [segment_names(r) for r in asked]} if asked else None}
+
+
+def segment_names(row: PackedRow) -> list[str]:
+    "A name for each segment, made of all that a model's view of it depends on: its tokens, its prefix and the image."
+    prefix, *segments = torch.tensor(row.ids).split(row.lengths)
+    _, *labels = torch.tensor(row.labels).split(row.lengths)
+    seen = hashlib.blake2b(repr(prefix.tolist()).encode())
+    for name, x in sorted(row.image.items()): seen.update(name.encode() + x.contiguous().view(torch.uint8).numpy().tobytes())
+    named = lambda *parts: hashlib.blake2b(seen.digest() + repr(parts).encode(), digest_size=16).hexdigest()
+    return [named(s.tolist(), l.tolist()) for s, l in zip(segments, labels)]
 
 
 def _pad_first(x: torch.Tensor, size: int) -> torch.Tensor: return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
@@ -455,7 +466,7 @@ _TOLERANCE = {"log-probability": {torch.float32: 1e-4, torch.bfloat16: .06, torc
 
 def tolerance(model, of: str = "log-probability") -> float:
     "What rounding may make of it, in the model's precision."
-    return _TOLERANCE[of].get(unwrapped(model).dtype, _TOLERANCE[of][torch.float32])
+    return _TOLERANCE[of].get(next(unwrapped(model).parameters()).dtype, _TOLERANCE[of][torch.float32])
 
 
 def check_packing(model, encoder: Encoder,
@@ -544,5 +555,6 @@ class PackedCollator:
     def _stacked(self, rows: list[PackedRow]) -> dict:
         batch = stack_rows(rows, self.reference_kinds)
         if self.even and self.reference_kinds and batch["reference"] is None:
-            batch["reference"] = stack_rows([replace(rows[0], labels=[-100] * len(rows[0]))])
+            quiet = replace(rows[0], labels=[-100] * len(rows[0]))
+            batch["reference"] = stack_rows([quiet]) | {"names": [segment_names(quiet)]}
         return batch

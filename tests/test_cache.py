@@ -1,0 +1,117 @@
+"""Kept features and references change nothing but the time, and are never another model's or another image's."""
+import errno
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import safeeraser.cache as cache
+from safeeraser.cache import FeatureStore, VisionCache, fingerprints, frozen_fingerprint
+from safeeraser.data import Encoder, Row, load_sets
+from safeeraser.model import load_model
+from safeeraser.trainer import unlearn
+
+SMALL = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_cpu": True, "save_strategy": "no", "num_train_epochs": 3, "learning_rate": 1e-2, "seed": 2, "progress": False}
+
+
+def losses(record): return [h["loss"] for h in record["history"] if "loss" in h]
+
+
+def test_training_with_and_without(tiny, tmp_path):
+    run = lambda name, **more: losses(unlearn(tiny.model, tiny.data, tmp_path / name, "kl+pd", logging_steps=1, **SMALL, **more))
+    plain = run("plain", vision_cache_gib=0)
+    assert run("vision", vision_cache_gib=1) == pytest.approx(plain, abs=1e-4)
+    assert run("both", reference_cache_gib=1) == pytest.approx(plain, abs=1e-4)
+    tight = run("tight", vision_cache_gib=1e-6, vision_cache_dir=str(tmp_path / "v"), reference_cache_gib=1e-6, reference_cache_dir=str(tmp_path / "r"))
+    assert tight == pytest.approx(plain, abs=1e-4)
+    assert list((tmp_path / "v").rglob("*.safetensors")) and list((tmp_path / "r").rglob("*.safetensors"))
+    again = run("again", vision_cache_gib=1e-6, vision_cache_dir=str(tmp_path / "v"), reference_cache_gib=1e-6, reference_cache_dir=str(tmp_path / "r"))
+    assert again == pytest.approx(plain, abs=1e-4)
+
+
+def test_the_tower_runs_once_an_image_and_the_reference_once_a_segment(tiny, tmp_path, monkeypatch):
+    made = []
+    for kind in (cache.VisionCache, cache.ReferenceCache):
+        monkeypatch.setattr(f"safeeraser.trainer.{kind.__name__}", lambda *a, kind=kind: made.append(kind(*a)) or made[-1])
+    unlearn(tiny.model, tiny.data, tmp_path / "run", "kl+pd", reference_cache_gib=1, **SMALL)
+    reference, vision = made
+    sets = load_sets(tiny.data)
+    assert vision.computed == len({i.image for i in sets}) < vision.seen / 2
+    assert reference.computed == 2 * len(sets.retain)  # each is in an epoch's only step twice; two more epochs ask nothing
+
+
+def pixels_and_model(tiny, seed=None):
+    model, processor = load_model(tiny.model, "cpu")
+    if seed is not None:
+        with torch.no_grad(): next(model.model.vision_tower.parameters()).add_(.1)
+    model.requires_grad_(False)
+    batch = Encoder(processor).rows([Row("forget", i, i.answer) for i in load_sets(tiny.data).forget[::4]])
+    batch.pop("labels")
+    return model, batch
+
+
+def test_another_model_s_features_are_not_used(tiny, tmp_path):
+    for seed in (None, 1):
+        model, batch = pixels_and_model(tiny, seed)
+        with torch.no_grad(): expected = model(**batch).logits
+        with VisionCache(model, 0, tmp_path) as kept, torch.no_grad(): found = model(**batch).logits
+        assert torch.equal(found, expected) and kept.computed == len(batch["pixel_values"])
+    assert len(list(tmp_path.iterdir())) == 2
+    with VisionCache(model, 0, tmp_path) as kept, torch.no_grad(): model(**batch)
+    assert kept.computed == 0
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "other"])
+def test_a_broken_file_is_computed_anew(harm, tiny, tmp_path):
+    model, batch = pixels_and_model(tiny)
+    with VisionCache(model, 0, tmp_path), torch.no_grad(): expected = model(**batch).logits
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    files[0].write_bytes({"cut": files[0].read_bytes()[:60], "empty": b"", "other": b"no tensors"}[harm])
+    with VisionCache(model, 0, tmp_path) as kept, torch.no_grad(): assert torch.equal(model(**batch).logits, expected)
+    assert kept.computed == 1
+    with VisionCache(model, 0, tmp_path) as kept, torch.no_grad(): model(**batch)
+    assert kept.computed == 0
+
+
+def test_a_full_disk_ends_the_writing_not_the_run(tiny, tmp_path, monkeypatch):
+    model, batch = pixels_and_model(tiny)
+    with torch.no_grad(): expected = model(**batch).logits
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(cache, "save_file", full)
+    with VisionCache(model, 0, tmp_path) as kept, torch.no_grad():
+        for _ in range(2): assert torch.equal(model(**batch).logits, expected)
+    assert kept.store.disk_full and not list(tmp_path.rglob("*writing*")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_replaced_image_is_another_image(tiny, tmp_path):
+    model, batch = pixels_and_model(tiny)
+    with VisionCache(model), torch.no_grad(): pass
+    changed = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+    with torch.no_grad(): expected = model(**changed).logits
+    with VisionCache(model) as kept, torch.no_grad():
+        model(**batch)
+        assert torch.allclose(model(**changed).logits, expected, atol=1e-6)
+    assert kept.computed == len(batch["pixel_values"])  # the same pixels in another order: nothing new, nothing mixed up
+
+
+def test_memory_stays_below_its_bound():
+    store = FeatureStore(1000)
+    for k in range(50): store.put(str(k), {"a": torch.zeros(30)})
+    assert store.size <= 1000 and len(store.kept) == 8 and store.get("49") is not None and store.get("0") is None
+
+
+def test_fingerprints_tell_apart_what_differs():
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    swapped = x.clone()
+    swapped[0, 0, 0], swapped[0, 0, 1] = x[0, 0, 1], x[0, 0, 0]
+    names = [n for t in (x, swapped[:1], x.double(), x.reshape(4, 5, 3), torch.zeros(1, 3, 5), torch.zeros(1, 3, 6), -x) for n in fingerprints(t)]
+    assert len(set(names)) == len(names)
+
+
+def test_a_trained_tower_is_left_alone(tiny):
+    model, batch = pixels_and_model(tiny)
+    model.model.vision_tower.requires_grad_(True)
+    with VisionCache(model) as kept: model(**batch)
+    assert kept.why == "the vision tower is being trained" and kept.seen == 0
+    assert frozen_fingerprint(model.model.vision_tower) == frozen_fingerprint(torch.nn.Identity())
