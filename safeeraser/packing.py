@@ -92,8 +92,10 @@ class Packer:
     def _segmented(self, row: Row) -> _Segmented:
         tok = self.encoder.processor.tokenizer
         prompt, answer, n = self.encoder.texts(row.item.question, row.answer)
-        text = prompt + answer
-        tail = tok(text[_behind_image(tok, prompt, row.item.question):], add_special_tokens=False).input_ids
+        text, start = prompt + answer, _behind_image(tok, prompt, row.item.question)
+        if (mark := getattr(self.encoder.processor, "image_token", None)) and mark in text[start:]:
+            raise CannotPack("the chat template puts the image behind the question")
+        tail = tok(text[start:], add_special_tokens=False).input_ids
         return _Segmented(row, text, tail, n)
 
     def _head(self, first: _Segmented) -> tuple[list[int], dict, dict]:
@@ -101,8 +103,8 @@ class Packer:
         inputs = self.encoder.call([first.text], [first.row.item.image], "right")
         ids = inputs.pop("input_ids")[0].tolist()
         if ids[len(ids) - len(first.tail):] != first.tail:
-            raise CannotPack("the processor puts the image behind the question, or tokenizes a question by what is before it")
-        inputs.pop("attention_mask", None)
+            raise CannotPack("the processor changes the text behind the image, or tokenizes it by what is before it")
+        for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
         per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
         return ids[:len(ids) - len(first.tail)], {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()}
 
@@ -298,7 +300,8 @@ class Rows:
 def split_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, packed=None, **kwargs):
     "An attention function for transformers; `packed` says how the rows are laid out, None: not at all."
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-    if packed is None or key.shape[2] != query.shape[2]:
+    cross = attention_mask is None or attention_mask.numel() > 1  # Mllama's, to the image: its mask is a real one
+    if packed is None or cross:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     groups = query.shape[1] // key.shape[1]
     key, value = (repeat_kv(x, groups) if groups > 1 else x for x in (key, value))
@@ -345,9 +348,13 @@ def _three_positions(core, batch: dict, b: int) -> torch.Tensor:
     return torch.cat([prefix, behind.expand(3, 1, -1)], 2)
 
 # %% ../nbs/10_packing.ipynb #cell048
+_LAYERS = {"full_attention", "sliding_attention"}  # types of layer that `packing_mask` can express
+
+
 def _windows(config) -> dict[str | None, int | None]:
     "How far back the language model's layers look: window by type of layer, None: without limit."
     types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if odd := types - _LAYERS: raise CannotPack(f"the language model has layers of type {', '.join(sorted(odd))}")
     if "sliding_attention" in types: return {t: window if t == "sliding_attention" else None for t in types}
     return {None: None if types else window}
 
@@ -365,8 +372,8 @@ def packed_masks(model, batch: dict, route: str) -> dict:
     config, base = unwrapped(model).config.get_text_config(), unwrapped(model)
     windows, block = _windows(config), _blocks(batch)
     if route == "split":
-        if block is not None or any(w and w < int(batch["position"].max()) + 1 for w in windows.values()):
-            raise CannotPack("image tokens see each other, or layers look back over a window")
+        if block is not None: raise CannotPack("image tokens see each other")
+        if any(w and w < config.max_position_embeddings for w in windows.values()): raise CannotPack("layers look back over a window")
         return {"attention_mask": torch.zeros(1, 1, 1, 1, device=batch["input_ids"].device), "packed": Rows(batch["lengths"])}
     mask = {t: packing_mask(batch["segment"], batch["position"], block, w) for t, w in windows.items()}
     make = _block_mask if route == "flex" else lambda seen: torch.where(seen, 0.0, torch.finfo(base.dtype).min).to(base.dtype)
