@@ -445,6 +445,7 @@ def check_packing(model, encoder: Encoder,
                 return Verdict(route, f"log-probabilities within {off:.1e} of separate rows', gradients within {slope_off:.1e}", off, noise)
             reasons.append(f"{route}: log-probabilities {off:.1e} off separate rows', gradients {slope_off:.1e}")
         text._attn_implementation = own
+        if _looks_ahead(model, encoder, rows[0]): reasons.insert(0, "tokens look at what comes behind them")
         return Verdict(None, "; ".join(dict.fromkeys(reasons)), noise=noise)
     finally:
         model.train(training)
@@ -475,6 +476,17 @@ def _measured(model, compute) -> tuple[torch.Tensor, torch.Tensor]:
         logp = compute()
         found = torch.autograd.grad(logp.mean(), trainable, allow_unused=True) if trainable else []
     return logp.detach(), torch.cat([g.float().flatten() for g in found if g is not None] or [torch.zeros(0)])
+
+
+@torch.no_grad()
+def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
+    "Whether what a token says depends on the token behind it: then a prefix is not the same for every question."
+    inputs = _to(encoder.rows([row]), next(model.parameters()).device)
+    del inputs["labels"]
+    other = inputs["input_ids"].clone()
+    other[0, -1] = other[0, -2]
+    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :-1].float() for ids in (inputs["input_ids"], other))
+    return not torch.allclose(first, second, atol=1e-3)
 
 
 def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, template
 from peft import PeftModel
 from PIL import Image
 
-from safeeraser import packing, trainer
+from safeeraser import trainer
 from safeeraser.data import Collator, Encoder, Item, KINDS, parse_record, Place, Row, SafeEraserError, Sets, Slot, SlotDataset
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, anatomy, load_adapter, vanilla
-from safeeraser.packing import CannotPack, check_packing, PackedCollator, Packer, packed_log_probs, stack_rows, use_route
+from safeeraser.packing import CannotPack, check_packing, PackedCollator, Packer, packed_log_probs, passes, Rows, split_attention, stack_rows, use_route
 
 ROUTES = [(name, route) for name, family in FAMILIES.items() for route in family.routes]
 METHODS = ("gd+pd", "kl+pd", "po+pd", "npo+pd", "dpo+ce+pd")
@@ -23,16 +23,15 @@ SAY = ["put it under the box", "a ring", "take a red ball and hide it in the box
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    "Two harmful images with three forget and two retain items each, and their safe partners; all pictures of one size."
+    "Two harmful images with three forget and two retain items each, and their safe partners, one of another size."
     root, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
-    def picture(name):
-        noise = Image.frombytes("RGB", (112, 56), rng.randbytes(3 * 112 * 56))
-        noise.save(root / name)
+    def picture(name, width=112):
+        Image.frombytes("RGB", (width, 56), rng.randbytes(3 * width * 56)).save(root / name)
         return name
     def item(name, image, question, answer): return Item(name, "train", root / image, image, question, answer, "Weapon")
     made = Sets([], [], [])
     for k in range(2):
-        harmful, safe = picture(f"harmful{k}.png"), picture(f"safe{k}.png")
+        harmful, safe = picture(f"harmful{k}.png"), picture(f"safe{k}.png", 112 - 56 * k)
         for q, a in zip(ASK[:3], SAY[k:] + SAY[:k]):
             made.forget.append(item("forget", harmful, q, a))
             made.decouple.append(item("decouple", safe, q, "it looks nice"))
@@ -132,9 +131,9 @@ def test_packed_rows_are_separate_rows(name, route, together, built, sets, recor
     encoder, model, flat = Encoder(FAMILIES[name].make_processor()), adapted(built, name), sum(rows(sets), [])
     expected = separate(model, encoder, flat)
     made = Packer(encoder).pack(flat, list(range(len(flat))))
-    assert len(made) == 4
+    assert len(made) == 4 and len(list(passes(made))) < 4
     use_route(model, route)
-    found = packed(model, encoder, [made] if together else [[m] for m in made], route)
+    found = packed(model, encoder, passes(made) if together else [[m] for m in made], route)
     assert [len(x) for x in found] == [len(x) for x in expected]
     off = (torch.cat(found) - torch.cat(expected)).abs().max().item()
     slope, slope_expected = (gradient(torch.cat(x).mean(), model) for x in (found, expected))
@@ -154,7 +153,6 @@ def test_packed_losses_are_separate_losses(name, route, built, sets, monkeypatch
         plain, step = Collator(encoder)(slots), PackedCollator(Packer(encoder), objective.reference_kinds)(slots)
         counts = dict(zip(KINDS, plain["n_items"].tolist()))
         assert torch.equal(step["n_items"], plain["n_items"])
-        built(name)  # the adapter's route is the model's: set it for each side
         use_route(model, "dense")
         loss = objective(trainer.batch_tokens(model, plain, objective), counts)[0]
         use_route(model, route)
@@ -172,3 +170,66 @@ def test_verdict(name, built, sets):
         verdict = check_packing(model, encoder, check, (route,))
         assert (verdict.route == route) == (route in family.routes), verdict
         assert verdict.route or verdict.why and "\n" not in verdict.why
+
+
+def test_a_prefix_that_looks_at_the_question_is_said_to(built, sets):
+    verdict = check_packing(built("paligemma"), Encoder(FAMILIES["paligemma"].make_processor()), rows(sets)[0])
+    assert verdict.route is None and verdict.why.startswith("tokens look at what comes behind them")
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "mllama"])
+def test_an_image_behind_the_question_is_not_shared(name, built, sets):
+    family = FAMILIES[name]
+    behind = template(family.image).replace("in m.content", "in m.content | reverse")
+    encoder = Encoder(family.make_processor(chat_template=behind))
+    with pytest.raises(CannotPack, match="puts the image behind the question"): Packer(encoder).pack(rows(sets)[0])
+    verdict = check_packing(built(name), encoder, rows(sets)[0])
+    assert verdict.route is None and verdict.why.count("puts the image behind the question") == 2
+
+
+@pytest.mark.parametrize("name, ignored", [("llava", "position_ids"), ("qwen2_vl", "position_ids"), ("llava_next", "attention_mask"), ("gemma3", "attention_mask")])
+def test_a_model_with_ideas_of_its_own_is_not_packed(name, ignored, built, sets):
+    class Odd(type(built(name))):
+        def forward(self, *args, **kwargs):
+            kwargs.pop(ignored, None)
+            return super().forward(*args, **kwargs)
+    model = copy.deepcopy(built(name))
+    model.__class__ = Odd
+    verdict = check_packing(model, Encoder(FAMILIES[name].make_processor()), sum(rows(sets), []))
+    assert verdict.route is None and "off separate rows'" in verdict.why
+
+
+def test_layers_that_are_not_attention_are_not_packed(built, sets):
+    model = copy.deepcopy(built("llava"))  # its language model does not read the list
+    model.config.get_text_config().layer_types = ["full_attention", "linear_attention"]
+    verdict = check_packing(model, Encoder(FAMILIES["llava"].make_processor()), rows(sets)[0])
+    assert verdict.route is None and "layers of type linear_attention" in verdict.why
+
+
+def test_a_record_with_several_images_is_refused():
+    record = {"image_path": ["a.png", "b.png"], "SDImage_path": "c.png", "unsafe_pairs": [{"question": "q", "model_response": "a", "sd_response": "b"}]}
+    with pytest.raises(SafeEraserError, match="image_path: a non-empty text belongs here, found"): parse_record(record, Place(Path("all_train.json"), 0))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_a_long_packed_row_is_split_and_a_long_question_refused(name, built, sets):
+    flat = [r for r in sum(rows(sets), []) if r.item.image_id == "harmful0.png"]
+    longest = max(int(Encoder(FAMILIES[name].make_processor()).rows([r])["attention_mask"].sum()) for r in flat)
+    encoder = Encoder(FAMILIES[name].make_processor(), max_length=longest)
+    made = Packer(encoder, row_tokens=longest + 8).pack(flat, list(range(len(flat))))
+    assert len(made) > 1 and sum(len(m.kinds) for m in made) == len(flat)
+    use_route(built(name), "dense")
+    with torch.no_grad():
+        found = packed(built(name), encoder, [made], "dense")
+        assert (torch.cat(found) - torch.cat(separate(built(name), encoder, flat))).abs().max() < 1e-5
+    with pytest.raises(SafeEraserError, match="harmful0.png, question .*more than max_length"):
+        Packer(Encoder(FAMILIES[name].make_processor(), max_length=longest - 1)).pack(flat)
+
+
+def test_attention_to_the_image_is_left_alone_where_it_has_as_many_tokens_as_the_row():
+    "Mllama's cross-attention layers get the same arguments as the others."
+    module, (q, k, v) = torch.nn.Module(), torch.randn(3, 1, 2, 6, 8)
+    real = torch.where(torch.rand(1, 1, 6, 6) < .5, 0., -1e9)
+    found = split_attention(module, q, k, v, real, scaling=.3, packed=Rows([[3, 3]]))[0]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=real, scale=.3).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
