@@ -4,7 +4,6 @@ Two parts of a processor are stood in for: videos, whose class needs torchvision
 `num2words`, which SmolVLM wants for videos only. Pictures go the way they go in earnest.
 """
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import transformers
@@ -60,45 +59,13 @@ def template(image: str) -> str:
             "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
 
-def mrope(**more): return dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2], **more)
-
-
-def qwen_vision(**more): return dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2, num_heads=2, depth=2) | more
-
-
-def gemma_text(model_type, **more): return TEXT | dict(model_type=model_type, head_dim=8, **more)
-
-
-def qwen_pictures(patch): return Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": (2 * patch) ** 2, "longest_edge": (8 * patch) ** 2})
-
-
-def paligemma_pictures():
-    pictures = SiglipImageProcessorPil(size=SQUARE)
-    pictures.image_seq_length = 16
-    return pictures
-
-
-def idefics_pictures(cls): return cls(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
-
-
-def qwen(name, text, vision, patch=14, positions=None, projector=("visual.merger",)):
-    return Family(name, dict(text_config=TEXT | dict(rope_parameters=positions or mrope()) | text, vision_config=vision, video_token_id=ID["<video>"],
-                             vision_start_token_id=ID["<vision>"], vision_end_token_id=ID["</vision>"], **IMAGE),
-                  lambda: qwen_pictures(patch), image="<vision><image></vision>", videos=True, vision="visual", projector=projector)
-
-
-def idefics(name, tower, pictures, **processor):
-    return Family(name, dict(vision_config=TOWER | dict(model_type=tower), text_config=TEXT | dict(model_type="llama"), scale_factor=2, pad_token_id=0, **IMAGE),
-                  lambda: idefics_pictures(pictures), dict(image_seq_len=4), vision="vision_model", language="text_model", projector=("connector",), **processor)
-
-
 @dataclass(frozen=True)
 class Family:
     "How a family's model and processor are made, and what its parts are called."
     name: str            # of the transformers classes, in front of Config, Processor and ForConditionalGeneration
     config: dict
     pictures: object     # makes the image processor
-    processor: dict = None
+    processor: dict          # what else its class wants
     image: str = "<image>"   # what the chat template writes for a picture
     videos: bool = False     # whether the processor wants something for videos
     vision: str = "vision_tower"
@@ -106,15 +73,13 @@ class Family:
     projector: tuple = ("multi_modal_projector",)
     routes: tuple = ("dense", "split")
 
-    def make_processor(self, image: str | None = None, **other):
-        "The processor; `other` replaces what its chat template is."
+    def make_processor(self, chat_template: str | None = None):
+        "The family's own processor, with words for tokens."
         videos, cls = {}, getattr(transformers, self.name + "Processor")
         if self.videos:  # transformers would look NoVideos up among classes that need torchvision
             videos = {"video_processor": NoVideos()}
             cls = type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda self, name, argument: type(argument)})
-        processor = cls(self.pictures(), tokenizer(), **videos, chat_template=template(image or self.image), **(self.processor or {}))
-        for name, value in other.items(): setattr(processor, name, value)
-        return processor
+        return cls(self.pictures(), tokenizer(), **videos, chat_template=chat_template or template(self.image), **self.processor)
 
     def make_model(self):
         "A model whose every weight matters: none is left at zero."
@@ -125,43 +90,69 @@ class Family:
         return model.eval()
 
 
-PATCHES = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
+PATCHES = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+
+
+def text(model_type: str, **more) -> dict: return TEXT | dict(model_type=model_type) | more
+
+
+def llava_next(window=None, routes=("dense", "split")):
+    pictures = lambda: LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    config = dict(vision_config=CLIP, text_config=text("mistral", head_dim=8, sliding_window=window), image_grid_pinpoints=PINPOINTS, **IMAGE)
+    return Family("LlavaNext", config, pictures, PATCHES, routes=routes)
+
+
+def idefics(name, tower, pictures, videos=False):
+    config = dict(vision_config=TOWER | dict(model_type=tower), text_config=text("llama"), scale_factor=2, pad_token_id=0, **IMAGE)
+    return Family(name, config, lambda: pictures(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}), dict(image_seq_len=4),
+                  videos=videos, vision="vision_model", language="text_model", projector=("connector",))
+
+
+def qwen(name, vision, patch=14, text=None, rope=None, projector=("visual.merger",)):
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]) | (rope or {})
+    vision = dict(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2, num_heads=2, depth=2) | vision
+    config = dict(text_config=TEXT | dict(rope_parameters=rope) | (text or {}), vision_config=vision, video_token_id=ID["<video>"],
+                  vision_start_token_id=ID["<vision>"], vision_end_token_id=ID["</vision>"], **IMAGE)
+    pictures = lambda: Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": (2 * patch) ** 2, "longest_edge": (8 * patch) ** 2})
+    return Family(name, config, pictures, {}, image="<vision><image></vision>", videos=True, vision="visual", projector=projector)
+
+
+def paligemma_pictures():
+    pictures = SiglipImageProcessorPil(size=SQUARE)
+    pictures.image_seq_length = 16
+    return pictures
+
 
 FAMILIES = {
-    "llava": Family("Llava", dict(vision_config=CLIP, text_config=TEXT | dict(model_type="llama"), image_seq_length=16, **IMAGE),
+    "llava": Family("Llava", dict(vision_config=CLIP, text_config=text("llama"), image_seq_length=16, **IMAGE),
                     lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), PATCHES),
-    "llava_next": Family("LlavaNext", dict(vision_config=CLIP, text_config=TEXT | dict(model_type="mistral", head_dim=8, sliding_window=None), image_grid_pinpoints=PINPOINTS, **IMAGE),
-                         lambda: LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS), PATCHES),
-    "llava_next, window": Family("LlavaNext", dict(vision_config=CLIP, text_config=TEXT | dict(model_type="mistral", head_dim=8, sliding_window=20), image_grid_pinpoints=PINPOINTS, **IMAGE),
-                                 lambda: LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS), PATCHES, routes=("dense",)),
-    "llava_onevision": Family("LlavaOnevision", dict(vision_config=SIGLIP, text_config=TEXT | dict(model_type="qwen2"), image_grid_pinpoints=PINPOINTS, video_token_id=ID["<video>"], **IMAGE),
+    "llava_next": llava_next(),
+    "llava_next, window": llava_next(20, ("dense",)),
+    "llava_onevision": Family("LlavaOnevision", dict(vision_config=SIGLIP, text_config=text("qwen2"), image_grid_pinpoints=PINPOINTS,
+                                                     video_token_id=ID["<video>"], **IMAGE),
                               lambda: LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS),
                               dict(num_image_tokens=16, vision_feature_select_strategy="full"), videos=True),
     "internvl": Family("InternVL", dict(vision_config=TOWER | dict(model_type="internvl_vision", image_size=[SIDE, SIDE], patch_size=[14, 14]),
-                                        text_config=TEXT | dict(model_type="qwen2"), tie_word_embeddings=False, **IMAGE),
+                                        text_config=text("qwen2"), tie_word_embeddings=False, **IMAGE),
                        lambda: GotOcr2ImageProcessorPil(size=SQUARE, max_patches=2), dict(image_seq_length=4), videos=True),
     "idefics3": idefics("Idefics3", "idefics3_vision", Idefics3ImageProcessorPil),
     "smolvlm": idefics("SmolVLM", "smolvlm_vision", SmolVLMImageProcessorPil, videos=True),
-    "qwen2_vl": qwen("Qwen2VL", {}, qwen_vision(embed_dim=16, hidden_size=32, mlp_ratio=2)),
-    "qwen2_5_vl": qwen("Qwen2_5_VL", {}, qwen_vision(hidden_size=16, intermediate_size=32, out_hidden_size=32, window_size=SIDE, fullatt_block_indexes=[1])),
-    "qwen3_vl": qwen("Qwen3VL", dict(head_dim=8), qwen_vision(depth=3, hidden_size=16, intermediate_size=32, out_hidden_size=32, patch_size=16,
-                                                               num_position_embeddings=64, deepstack_visual_indexes=[0, 1]), 16, mrope(mrope_interleaved=True),
-                     ("visual.merger", "visual.deepstack_merger_list.0", "visual.deepstack_merger_list.1")),
-    "gemma3": Family("Gemma3", dict(vision_config=SIGLIP, text_config=gemma_text("gemma3_text", num_hidden_layers=3, query_pre_attn_scalar=8, sliding_window=12,
-                                                                                 layer_types=["sliding_attention", "full_attention", "sliding_attention"]) | dict(num_hidden_layers=3),
-                                    mm_tokens_per_image=4, boi_token_id=ID["<boi>"], eoi_token_id=ID["<eoi>"], tie_word_embeddings=False, **IMAGE),
+    "qwen2_vl": qwen("Qwen2VL", dict(embed_dim=16, hidden_size=32, mlp_ratio=2)),
+    "qwen2_5_vl": qwen("Qwen2_5_VL", dict(hidden_size=16, intermediate_size=32, out_hidden_size=32, window_size=SIDE, fullatt_block_indexes=[1])),
+    "qwen3_vl": qwen("Qwen3VL", dict(depth=3, hidden_size=16, intermediate_size=32, out_hidden_size=32, num_position_embeddings=64,
+                                     deepstack_visual_indexes=[0, 1]), patch=16, text=dict(head_dim=8), rope=dict(mrope_interleaved=True),
+                     projector=("visual.merger", "visual.deepstack_merger_list.0", "visual.deepstack_merger_list.1")),
+    "gemma3": Family("Gemma3", dict(vision_config=SIGLIP, mm_tokens_per_image=4, boi_token_id=ID["<boi>"], eoi_token_id=ID["<eoi>"],
+                                    text_config=text("gemma3_text", head_dim=8, num_hidden_layers=3, query_pre_attn_scalar=8, sliding_window=12,
+                                                     layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+                                    tie_word_embeddings=False, **IMAGE),
                      lambda: Gemma3ImageProcessorPil(size=SQUARE), dict(image_seq_length=4), image="<boi>", routes=("dense",)),
-    "mllama": Family("Mllama", dict(vision_config=dict(hidden_size=16, num_hidden_layers=2, num_global_layers=1, attention_heads=2, intermediate_size=32, vision_output_dim=32,
-                                                       image_size=SIDE, patch_size=14, max_num_tiles=4, intermediate_layers_indices=[0]),
-                                    text_config=TEXT | dict(num_hidden_layers=4, cross_attention_layers=[1, 3], rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
-                                    image_token_id=ID["<image>"]),
-                     lambda: MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4), vision="vision_model"),
-    "paligemma": Family("PaliGemma", dict(vision_config=SIGLIP, text_config=gemma_text("gemma"), projection_dim=32, hidden_size=32, vocab_size=SIZE, **IMAGE),
-                        paligemma_pictures, routes=()),
+    "mllama": Family("Mllama", dict(vision_config=dict(hidden_size=16, num_hidden_layers=2, num_global_layers=1, attention_heads=2, intermediate_size=32,
+                                                       vision_output_dim=32, image_size=SIDE, patch_size=14, max_num_tiles=4, intermediate_layers_indices=[0]),
+                                    text_config=TEXT | dict(num_hidden_layers=4, cross_attention_layers=[1, 3],
+                                                            rope_parameters=dict(rope_type="default", rope_theta=10000.0)), **IMAGE),
+                     lambda: MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4), {}, vision="vision_model"),
+    "paligemma": Family("PaliGemma", dict(vision_config=SIGLIP, text_config=text("gemma", head_dim=8), projection_dim=32, hidden_size=32, vocab_size=SIZE, **IMAGE),
+                        paligemma_pictures, {}, routes=()),
 }
-
-
-def describe(name: str) -> SimpleNamespace:
-    family = FAMILIES[name]
-    return SimpleNamespace(family=family, model=family.make_model(), processor=family.make_processor())

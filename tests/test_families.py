@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, template
+from families import FAMILIES, llava_next, template
 from peft import PeftModel
 from PIL import Image
 
@@ -88,7 +88,7 @@ def test_adapter_sits_on_language_model_and_projector_alone(name, built):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_vanilla_is_the_pristine_model_and_the_adapter_comes_back(name, built, sets, tmp_path):
-    inputs = Encoder(FAMILIES[name].make_processor()).rows([r for r in rows(sets)[0]][:2])
+    inputs = Encoder(FAMILIES[name].make_processor()).rows(rows(sets)[0][:2])
     del inputs["labels"]
     def logits(model):
         with torch.no_grad(): return model.eval()(**inputs).logits
@@ -174,7 +174,20 @@ def test_verdict(name, built, sets):
 
 def test_a_prefix_that_looks_at_the_question_is_said_to(built, sets):
     verdict = check_packing(built("paligemma"), Encoder(FAMILIES["paligemma"].make_processor()), rows(sets)[0])
-    assert verdict.route is None and verdict.why.startswith("tokens look at what comes behind them")
+    assert verdict.route is None and verdict.why.startswith("tokens look at what comes behind them; dense: log-probabilities")
+
+
+def test_a_kernel_without_a_mask_is_refused_where_a_longer_row_would_need_one(sets):
+    "The rows that are tried fit into the window; a row of the context's length would not."
+    family = llava_next(window=200)
+    model, encoder = family.make_model(), Encoder(family.make_processor())
+    assert check_packing(model, encoder, rows(sets)[0], ("split",)).why == "split: layers look back over a window"
+    assert check_packing(model, encoder, rows(sets)[0]).route == "dense"
+
+
+def test_image_tokens_that_see_each_other_need_the_mask(built, sets):
+    verdict = check_packing(built("gemma3"), Encoder(FAMILIES["gemma3"].make_processor()), rows(sets)[0], ("split",))
+    assert verdict.why == "split: image tokens see each other"
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "mllama"])
