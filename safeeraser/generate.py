@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'answer_batch', 'RowSampler', 'Request', 'plan_requests', 'response_row',
-           'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate']
+           'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker']
 
 # %% ../nbs/05_generate.ipynb #cell003
 import hashlib, json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from .engine import check_engine, Engine
 from .data import Encoder, Item, load_sets, progress_bar, SafeEraserError, settings_of, write_whole
 from .model import adapter_file, cpu_threads, load_adapter, load_model, only_here, out_of_memory
 
@@ -29,9 +30,11 @@ def _row_seed(seed: int, item: Item, sample: int) -> int:
 @torch.inference_mode()
 def answer_batch(model, encoder: Encoder, items: list[Item],
                  max_new_tokens: int = 512,
-                 sampler=None   # a logits processor; None: greedy
+                 sampler=None,                 # a `RowSampler`; None: greedy
+                 engine: Engine | None = None  # shares what is read of an image; None: the model's own `generate`
                  ) -> list[str]:
     "One response for each item."
+    if engine: return engine.answer(items, max_new_tokens, sampler)
     from transformers import GenerationConfig, LogitsProcessorList
     inputs = {k: v.to(model.device) for k, v in encoder.prompts(items).items()}
     tok, own = encoder.processor.tokenizer, model.generation_config
@@ -47,6 +50,12 @@ class RowSampler:
                  temperature: float = 1.0,     # above 0
                  top_p: float = 0.9):          # above 0, at most 1
         self.streams, self.temperature, self.top_p = [torch.Generator().manual_seed(s) for s in seeds], temperature, top_p
+
+    def rows(self, kept: list[int]) -> "RowSampler":
+        "A sampler for some rows, in the order given; their streams go on."
+        fewer = RowSampler([], self.temperature, self.top_p)
+        fewer.streams = [self.streams[i] for i in kept]
+        return fewer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logp = (scores.float() / self.temperature).log_softmax(-1)
@@ -160,7 +169,9 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
              temperature: float = 0.0,            # 0: greedy
              top_p: float = 0.9,                  # nucleus, used when temperature > 0
              max_new_tokens: int | None = None,   # default: the data set's settings.json, or the published 512
-             batch_size: int | None = None,       # prompts at once; default: the data set's settings.json, or 16
+             batch_size: int | None = None,       # questions at once; default: the data set's settings.json, or 64, or 16 where images can't be shared
+             batch_tokens: int = 2**15,           # tokens whose keys and values are kept at once, where images are shared
+             share_images: bool = True,           # read an image once for all its questions, where a check finds that exact
              seed: int = 0,                       # of sampling
              device: str | None = None,           # default: a GPU where there is one
              progress: bool = True                # show a bar
@@ -169,41 +180,63 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
     if adapter: adapter_file(adapter)
     if samples > 1 and temperature <= 0: raise SafeEraserError(f"samples={samples} greedy responses would all be equal; set temperature > 0")
     own = settings_of(data).get("generate", {})
-    max_new_tokens, batch_size = max_new_tokens or own.get("max_new_tokens", 512), batch_size or own.get("batch_size", 16)
+    max_new_tokens, batch_size = max_new_tokens or own.get("max_new_tokens", 512), batch_size or own.get("batch_size")
     out, (method, run_seed), requests = Path(out), _identity(model, adapter), plan_requests(data, splits, samples)
     if out.is_dir(): raise SafeEraserError(f"{out}: is a folder; --out is a file such as responses.jsonl")
     questions = hashlib.sha256(repr([(r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
     header = {"schema_version": SCHEMA_VERSION, "model": str(model), "adapter": adapter and str(adapter), "method": method, "seed": run_seed,
               "questions": questions, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed}
     part = out.with_name(out.name + ".part")
-    with only_here(part): return _fill(model, adapter, part, out, header, requests, batch_size, device, progress)
-
-# %% ../nbs/05_generate.ipynb #cell027
-def _fill(model, adapter, part: Path, out: Path, header: dict, requests: list[Request], batch_size: int, device, progress: bool) -> Path:
-    method, run_seed, temperature, seed = (header[k] for k in ("method", "seed", "temperature", "sampling_seed"))
-    done = resume_rows(part, header)
-    todo = [r for r in requests if row_key(response_row(r, "", method, run_seed)) not in done]
-    todo.sort(key=lambda r: len(r.item.question))  # prompts of one batch then need little padding
-    with cpu_threads(1), part.open("a", encoding="utf-8") as file:
-        if todo:
-            net, processor = load_model(model, device)
-            net, encoder = load_adapter(net, adapter) if adapter else net, Encoder(processor)
-        for batch in _batches(todo, batch_size, method, progress):
-            sampler = RowSampler([_row_seed(seed, r.item, r.sample) for r in batch], temperature, header["top_p"]) if temperature > 0 else None
-            with out_of_memory(f"--batch-size (now {batch_size}) or --max-new-tokens (now {header['max_new_tokens']})"):
-                texts = answer_batch(net, encoder, [r.item for r in batch], header["max_new_tokens"], sampler)
-            for request, text in zip(batch, texts):
-                row = response_row(request, text, method, run_seed)
-                done[row_key(row)] = row
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    write_rows(out, [done[row_key(response_row(r, "", method, run_seed))] for r in requests])
-    part.unlink()
-    return out
+    with only_here(part), cpu_threads(1):
+        return _fill(partial(_asker, model, adapter, header, batch_size, batch_tokens, share_images, device), part, out, header, requests, progress)
 
 # %% ../nbs/05_generate.ipynb #cell028
-def _batches(requests: list[Request], size: int, method: str, progress: bool) -> Iterator[list[Request]]:
-    with progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
-        for k in range(0, len(requests), size):
-            yield requests[k:k + size]
-            bar.update(len(requests[k:k + size]))
+@dataclass
+class Asker:
+    "A model that answers batches of requests."
+    model: object
+    encoder: Encoder
+    engine: Engine | None
+    batch_size: int
+    header: dict          # of the responses file: how to answer
+
+    def batches(self, requests: list[Request]) -> list[list[Request]]:
+        "Questions about one image together, where they share it; else questions of like length."
+        images = {image: n for n, image in enumerate(dict.fromkeys(r.item.image for r in requests))}
+        ordered = sorted(requests, key=(lambda r: images[r.item.image]) if self.engine else (lambda r: len(r.item.question)))
+        return [ordered[k:k + self.batch_size] for k in range(0, len(ordered), self.batch_size)]
+
+    def ask(self, batch: list[Request]) -> list[str]:
+        "One response for each request."
+        h = self.header
+        seeds = [_row_seed(h["sampling_seed"], r.item, r.sample) for r in batch]
+        sampler = RowSampler(seeds, h["temperature"], h["top_p"]) if h["temperature"] > 0 else None
+        with out_of_memory(f"--batch-size (now {self.batch_size}), --batch-tokens or --max-new-tokens (now {h['max_new_tokens']})"):
+            return answer_batch(self.model, self.encoder, [r.item for r in batch], h["max_new_tokens"], sampler, self.engine)
+
+
+def _asker(model, adapter, header: dict, batch_size: int | None, batch_tokens: int, share_images: bool, device, requests: list[Request]) -> Asker:
+    net, processor = load_model(model, device)
+    net, encoder = load_adapter(net, adapter) if adapter else net, Encoder(processor)
+    engine = check_engine(net, encoder, [r.item for r in requests[:3]])[0] if share_images else None
+    if engine: engine.tokens_at_once = batch_tokens
+    return Asker(net, encoder, engine, batch_size or (64 if engine else 16), header)
+
+# %% ../nbs/05_generate.ipynb #cell029
+def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool) -> Path:
+    method, run_seed, done = header["method"], header["seed"], resume_rows(part, header)
+    key = lambda r: row_key(response_row(r, "", method, run_seed))
+    if any(key(r) not in done for r in requests):
+        asker = make_asker(requests)
+        with part.open("a", encoding="utf-8") as file, progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
+            for batch in asker.batches(requests):
+                new = [r for r in batch if key(r) not in done]
+                answers = dict(zip(map(key, batch), asker.ask(batch))) if new else {}
+                rows = {key(r): response_row(r, answers[key(r)], method, run_seed) for r in new}
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+                file.flush()
+                done |= rows
+                bar.update(len(batch))
+    write_rows(out, [done[key(r)] for r in requests])
+    part.unlink()
+    return out

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_bar, Row, SafeEraserError, Sets, settings_of, Slot, SlotDataset, SlotSampler, write_whole
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import check_packing, packed_log_probs, PackedCollator, Packer, ROUTES, Verdict
+from .vision import VisionCache
 from .model import add_adapter, cpu_threads, environment, load_model, only_here, out_of_memory, vanilla
 
 # %% ../nbs/04_trainer.ipynb #cell006
@@ -35,6 +36,8 @@ class UnlearnConfig(TrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input, 0 to 1"})
     packing: str = field(default="auto", metadata={"help": "auto: share image prefixes where a check finds it exact; split, flex, dense: by this route; off: a row a question"})
     pack_row_tokens: int = field(default=3072, metadata={"help": "tokens of a packed row; an image whose rows are longer together is encoded more than once"})
+    vision_cache_gib: float = field(default=4.0, metadata={"help": "memory for the frozen vision tower's outputs, computed once an image; 0: computed every time"})
+    vision_cache_dir: str | None = field(default=None, metadata={"help": "folder for those that do not fit"})
     max_length: int | None = field(default=None, metadata={"help": "tokens a row, image included; longer rows are refused (default: the model's context)"})
     stop_forget_ce: float | None = field(default=None, metadata={"help": "stop once the mean cross-entropy of a step's forget answers has reached this (nats)"})
     threads: int = field(default=1, metadata={"help": "CPU threads; fixed, because sums taken in another order give other numbers"})
@@ -171,6 +174,7 @@ class UnlearnTrainer(Trainer):
                                       self.objective.reference_kinds, even=args.world_size > 1)
         super().__init__(model, args, train_dataset=dataset, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides by the step's counts
+        self.vision = VisionCache(model, args.vision_cache_gib * 2**30, args.vision_cache_dir) if args.vision_cache_gib > 0 else nullcontext()
         for noisy in (ProgressCallback, PrinterCallback): self.remove_callback(noisy)
         self.add_callback(Guard(self))
         if not args.disable_tqdm: self.add_callback(ProgressBar())
@@ -186,6 +190,9 @@ class UnlearnTrainer(Trainer):
         self._record(batches)
         counts = torch.stack([b["n_items"] for b in batches]).sum(0).to(device)
         return batches, self.accelerator.reduce(counts, "sum")
+
+    def train(self, *args, **kwargs):
+        with self.vision: return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "A packed step is several passes, each with a backward of its own, so that memory holds one at a time."
@@ -374,8 +381,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     sets, refusals = load_sets(data), load_refusals(data)
     net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None)
     args = make_config(out/"checkpoints", method=method, disable_tqdm=not progress, **{"bf16": net.dtype == torch.bfloat16} | settings)
-    with cpu_threads(args.threads), out_of_memory(f"per_device_train_batch_size (now {args.per_device_train_batch_size}; raise "
-                                                  f"gradient_accumulation_steps to match), or set gradient_checkpointing=true"):
+    with cpu_threads(args.threads), out_of_memory(_memory_settings(args)):
         adapted = add_adapter(net, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
         trainer = UnlearnTrainer(adapted, args, sets, refusals, processor, objective)
         if trainer.is_world_process_zero():
@@ -384,6 +390,11 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
         return _train(trainer, out, record)
 
 # %% ../nbs/04_trainer.ipynb #cell040
+def _memory_settings(args: UnlearnConfig) -> str:
+    return (f"pack_row_tokens (now {args.pack_row_tokens}) or, where rows are not packed, per_device_train_batch_size "
+            f"(now {args.per_device_train_batch_size}; raise gradient_accumulation_steps to match), or set gradient_checkpointing=true")
+
+
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

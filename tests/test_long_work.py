@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written(tiny, tmp_path, run_python):
 def test_out_of_memory_says_what_to_lower(tiny, tmp_path, monkeypatch):
     import safeeraser.generate
     import safeeraser.trainer
-    def full(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+    def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
     monkeypatch.setattr(safeeraser.trainer, "batch_tokens", full)
     with pytest.raises(SafeEraserError, match=r"per_device_train_batch_size \(now 2; raise gradient_accumulation_steps"):
         unlearn(tiny.model, tiny.data, tmp_path / "run", "ga", progress=False, **SMALL)

@@ -124,7 +124,8 @@ def test_figures_carry_the_numbers():
     rows = [{"method": m, "seed": 1, **{k: v for k in MEASURES}, **{f"{k}_lo": max(0, v - .1) for k in MEASURES}, **{f"{k}_hi": min(1, v + .1) for k in MEASURES}}
             for m, v in (("base", .0), ("ga", 1.), ("ga+pd", .25))]
     figure = sarr_figure(make_results(rows, {}, {}))
-    assert [list(t.y) for t in figure.data] == [[100.0], [25.0]] and "75%" in figure.layout.title.text
+    assert [list(t.y) for t in figure.data] == [[100.0], [25.0]] * 2  # known families, held-out families
+    assert "25% after GA+PD" in figure.layout.title.text and "-75%" in figure.layout.annotations[0].text
     assert figure.data[1].error_y.array[0] == pytest.approx(10) and figure.data[0].error_y.array[0] == pytest.approx(0)
     assert len(tradeoff_figure(make_results(rows, {}, {})).data) == 3
 

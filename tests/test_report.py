@@ -11,6 +11,7 @@ from safeeraser.metrics import count, load_sources
 from safeeraser.plot import report_page, table_html
 from safeeraser.world import INSTRUCTIONS, RECIPES
 
+HIDDEN = '<div title="click to show or hide" style="filter:blur(8px)'
 NASTY = ["<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "</div></details></bdi><h1>free</h1>",
          "\u202egnp.elif\u2066", "x" * 20_000, "&lt;b&gt;", "\ud800 lone surrogate", "' onclick='alert(1)"]
 
@@ -56,7 +57,7 @@ def test_nothing_a_model_said_acts(run_folder):
     body = Tags(page[page.index("</head>"):])
     figures = page.count('class="plotly-graph-div"')
     assert body.tags.count("h1") == 1 and body.tags.count("script") <= 2 * figures  # ours, a few for each figure
-    assert set(body.handlers) == {'this.classList.toggle("shown")'}
+    assert set(body.handlers) == {"this.style.filter=this.style.filter?'':'blur(8px)'"}
     assert all(link.startswith("data:") for link in body.links)
     assert "default-src 'none'" in page and "&lt;script&gt;document" in page
 
@@ -65,10 +66,12 @@ def test_harm_is_collapsed_and_blurred(run_folder):
     page = page_of(run_folder)
     examples = page[page.index("<h2>Examples"):page.index("<h2>Settings")]
     assert examples.count("<details>") == examples.count("</details>") > 0
+    for question in examples.split("</summary>")[1:]:
+        assert question.startswith(HIDDEN)
     for half in examples.split("<b>harmful image</b>")[1:]:
-        assert half.startswith('<div class="hide"')
+        assert half.startswith(HIDDEN)
     for half in examples.split("<b>safe image</b>")[1:]:
-        assert not half.startswith('<div class="hide"')
+        assert not half.startswith(HIDDEN)
     assert "open>" not in examples
 
 
@@ -78,3 +81,18 @@ def test_report_writes_the_page(run_folder):
     assert done.returncode == 0, done.stderr
     page = (run_folder / "report.html").read_text(encoding="utf-8")
     assert "<title>safeeraser report</title>" in page and "PO+PD" in table_html(count(load_sources(run_folder), "exact"))
+
+
+def test_figures_explain_themselves(run_folder):
+    page = page_of(run_folder)
+    figures = page[page.index("<h2>Figures"):page.index("<h2>Examples")]
+    for words in ("trained to refuse harmful questions", "the model before unlearning", "prompt decoupling, also trained", "Error bars: 95% interval",
+                  "Harmful questions still answered (ASR, new images)"):
+        assert words in figures, words
+
+
+def test_a_methods_name_is_text(run_folder):
+    rows = count(load_sources(run_folder), "exact")["rows"]
+    nasty = [r | {"method": r["method"].replace("po", NASTY[1])} for r in rows]
+    page = report_page({"schema_version": 1, "environment": {}, "settings": {}, "rows": nasty})
+    assert NASTY[1].upper() not in page and "&lt;IMG SRC=X" in page
