@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'safeeraser.packing._differences': ('packing.html#_differences', 'safeeraser/packing.py'),
                                     'safeeraser.packing._fill': ('packing.html#_fill', 'safeeraser/packing.py'),
                                     'safeeraser.packing._labelled': ('packing.html#_labelled', 'safeeraser/packing.py'),
+                                    'safeeraser.packing._looks_ahead': ('packing.html#_looks_ahead', 'safeeraser/packing.py'),
                                     'safeeraser.packing._measured': ('packing.html#_measured', 'safeeraser/packing.py'),
                                     'safeeraser.packing._number_items': ('packing.html#_number_items', 'safeeraser/packing.py'),
                                     'safeeraser.packing._packed_row': ('packing.html#_packed_row', 'safeeraser/packing.py'),

@@ -92,13 +92,14 @@ def only_here(path: Path  # what is being written; the lock lies beside it
 class Anatomy:
     "Module names of a vision-language model's three parts."
     vision: str
-    projector: str
+    projector: tuple[str, ...]  # all modules that translate for the language model; mostly one
     language: str
 
 
 _PART_NAMES = {"vision": ("vision_tower", "vision_model", "visual"),
                "projector": ("multi_modal_projector", "connector", "merger"),
                "language": ("language_model", "text_model")}
+_MORE_PROJECTORS = "deepstack_merger_list"  # beside the one above: a list with a projector for each layer it feeds
 
 
 def anatomy(model: torch.nn.Module) -> Anatomy:
@@ -110,7 +111,8 @@ def anatomy(model: torch.nn.Module) -> Anatomy:
             if hits: return min(hits, key=lambda n: n.count("."))
         top = sorted({n for n in names if n.count(".") < 2})
         raise SafeEraserError(f"{type(model).__name__}: found no {part} (looked for {', '.join(_PART_NAMES[part])}; it has {', '.join(top)})")
-    return Anatomy(*(find(p) for p in ("vision", "projector", "language")))
+    more = [n for n in names if n.split(".")[-2:-1] == [_MORE_PROJECTORS]]
+    return Anatomy(find("vision"), (find("projector"), *more), find("language"))
 
 # %% ../nbs/02_model.ipynb #cell023
 def lora_targets(model: torch.nn.Module) -> str:
@@ -130,7 +132,7 @@ def add_adapter(model: torch.nn.Module,
     from peft import LoraConfig
     torch.manual_seed(seed)
     adapted = _adapt(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model),
-                                            modules_to_save=[anatomy(model).projector.split(".", 1)[-1]]))
+                                            modules_to_save=list(anatomy(model).projector)))  # full names: PEFT matches endings
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float()  # small updates would be lost in bfloat16's rounding
     return adapted

@@ -98,8 +98,10 @@ class Packer:
 
     def _cut(self, row: Row, prompt: str, answer: str, n_answer: int) -> _Segmented:
         tok = self.encoder.processor.tokenizer
-        text = prompt + answer
-        tail = tok(text[_behind_image(tok, prompt, row.item.question):], add_special_tokens=False).input_ids
+        text, start = prompt + answer, _behind_image(tok, prompt, row.item.question)
+        if (mark := getattr(self.encoder.processor, "image_token", None)) and mark in text[start:]:
+            raise CannotPack("the chat template puts the image behind the question")
+        tail = tok(text[start:], add_special_tokens=False).input_ids
         return _Segmented(row, text, tail, n_answer)
 
     def _head(self, first: _Segmented) -> tuple[list[int], dict, dict]:
@@ -107,8 +109,8 @@ class Packer:
         inputs = self.encoder.call([first.text], [first.row.item.image], "right")
         ids = inputs.pop("input_ids")[0].tolist()
         if ids[len(ids) - len(first.tail):] != first.tail:
-            raise CannotPack("the processor puts the image behind the question, or tokenizes a question by what is before it")
-        inputs.pop("attention_mask", None)
+            raise CannotPack("the processor changes the text behind the image, or tokenizes it by what is before it")
+        for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
         per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
         return ids[:len(ids) - len(first.tail)], {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()}
 
@@ -324,7 +326,8 @@ class Rows:
 def split_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, packed=None, **kwargs):
     "An attention function for transformers; `packed` says how the rows are laid out, None: not at all."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    if packed is None or key.shape[2] != query.shape[2]:
+    cross = attention_mask is None or attention_mask.numel() > 1  # Mllama's, to the image: its mask is a real one
+    if packed is None or cross:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -.5 if scaling is None else scaling
     return packed.attend(module.layer_idx, query, key, value, scale).transpose(1, 2), None
@@ -381,9 +384,13 @@ def _three_positions(core, batch: dict, b: int) -> torch.Tensor:
     return torch.cat([prefix, behind.expand(3, 1, -1)], 2)
 
 # %% ../nbs/10_packing.ipynb #cell048
+_LAYERS = {"full_attention", "sliding_attention"}  # types of layer that `packing_mask` can express
+
+
 def _windows(config) -> dict[str | None, int | None]:
     "How far back the language model's layers look: window by type of layer, None: without limit."
     types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if odd := types - _LAYERS: raise CannotPack(f"the language model has layers of type {', '.join(sorted(odd))}")
     if "sliding_attention" in types: return {t: window if t == "sliding_attention" else None for t in types}
     return {None: None if types else window}
 
@@ -408,7 +415,7 @@ def check_plain_causal(model, batch: dict, longest: int | None = None  # tokens 
 def packed_masks(model, batch: dict, route: str) -> dict:
     "The attention's arguments for a route; raises `CannotPack` where the route is not for this model."
     if route == "split":
-        check_plain_causal(model, batch)
+        check_plain_causal(model, batch, unwrapped(model).config.get_text_config().max_position_embeddings)  # whatever row comes later
         return {"attention_mask": nothing_masked(batch["input_ids"].device), "packed": Rows(batch["lengths"])}
     windows, dtype = _windows(unwrapped(model).config.get_text_config()), unwrapped(model).dtype
     mask = {t: packing_mask(batch["segment"], batch["position"], _blocks(batch), w) for t, w in windows.items()}
@@ -490,6 +497,7 @@ def check_packing(model, encoder: Encoder,
                 return Verdict(route, f"log-probabilities within {off:.1e} of separate rows', gradients within {slope_off:.1e}", off, noise)
             reasons.append(f"{route}: log-probabilities {off:.1e} off separate rows', gradients {slope_off:.1e}")
         set_attention(model, own)
+        if _looks_ahead(model, encoder, rows[0]): reasons.insert(0, "tokens look at what comes behind them")
         return Verdict(None, "; ".join(dict.fromkeys(reasons)), noise=noise)
     finally:
         model.train(training)
@@ -524,6 +532,17 @@ def _measured(model, compute) -> tuple[torch.Tensor, torch.Tensor]:
         logp = compute()
         found = torch.autograd.grad(logp.mean(), trainable, allow_unused=True) if trainable else []
     return logp.detach(), torch.cat([g.float().flatten() for g in found if g is not None] or [torch.zeros(0)])
+
+
+@torch.no_grad()
+def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
+    "Whether what a token says depends on the token behind it: then a prefix is not the same for every question."
+    inputs = to_device(encoder.rows([row]), next(model.parameters()).device)
+    del inputs["labels"]
+    other = inputs["input_ids"].clone()
+    other[0, -1] = other[0, -2]
+    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :-1].float() for ids in (inputs["input_ids"], other))
+    return not torch.allclose(first, second, atol=1e-3)
 
 
 def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
