@@ -130,6 +130,15 @@ def until(true, what, seconds=15):
     raise AssertionError(what)
 
 
+def settled(look, cell, quiet=.8):
+    "What `look` sees once it stays the same: a figure is redrawn in several steps."
+    seen, since = look(cell), time.monotonic()
+    while time.monotonic() - since < quiet:
+        time.sleep(.1)
+        if (now := look(cell)) != seen: seen, since = now, time.monotonic()
+    return seen
+
+
 def try_dropdowns(cell, look):
     "Another option in each dropdown, and the first one again, must change what `look` sees. Gives the labels."
     labels = []
@@ -138,7 +147,7 @@ def try_dropdowns(cell, look):
         chosen = select.input_value()
         other = next(o for o in select.locator("option").evaluate_all("all => all.map(o => o.value)") if o != chosen)
         for option in (other, chosen):   # back as well: an empty figure would not show the next dropdown's change
-            before = look(cell)
+            before = settled(look, cell)
             select.select_option(value=option)
             until(lambda: look(cell) != before, f"{label}: choosing {option!r} changes nothing")
         labels.append(label)
