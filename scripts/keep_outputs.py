@@ -3,7 +3,8 @@
     python scripts/keep_outputs.py nbs/tutorials/over_forgetting.ipynb
 
 Kept is what a cell *shows* (its value, or a figure as PNG). Everything that would differ from run to run goes:
-printed lines and progress bars (they tell times), widgets, execution counts. Figures need a Chromium that kaleido finds.
+printed lines and progress bars (they tell times), widgets, execution counts. Needs `pip install kaleido` and a Chromium.
+What is harmful has to be folded or blurred by the notebook itself.
 """
 import argparse, base64, io, os
 from pathlib import Path
