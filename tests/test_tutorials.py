@@ -1,12 +1,16 @@
 """Tutorials run from top to bottom under a real kernel, as JupyterLab runs them."""
+import gzip
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "nbs" / "tutorials").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("notebook", TUTORIALS, ids=lambda p: p.name)
@@ -18,3 +22,39 @@ def test_tutorial_under_a_kernel(notebook, tmp_path):
 
 
 def test_there_are_tutorials(): assert TUTORIALS
+
+
+def committed(notebook):
+    "The outputs a notebook carries, and all their text."
+    outputs = [o for c in json.loads(notebook.read_text())["cells"] for o in c.get("outputs", [])]
+    return outputs, "".join(json.dumps(o["data"].get(k, "")) for o in outputs for k in ("text/html", "text/plain") if "data" in o)
+
+
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=lambda p: p.name)
+def test_committed_outputs_say_the_same_on_every_machine(notebook):
+    outputs, text = committed(notebook)
+    assert {o["output_type"] for o in outputs} <= {"display_data"} and {k for o in outputs for k in o["data"]} <= {"image/png", "text/html", "text/plain"}
+    for local in ("/tmp", "/home", "/root", " at 0x", "seconds", "<progress"): assert local not in text
+
+
+def test_hazards_are_folded_in_committed_outputs():
+    "The words of a recipe about a hazard appear only behind a click; blur would not do, untrusted notebooks drop it."
+    from safeeraser.world import HAZARDS, INSTRUCTIONS, World
+    outputs, text = committed(ROOT / "nbs" / "tutorials" / "over_forgetting.ipynb")
+    assert sum("image/png" in o["data"] for o in outputs) >= 4
+    folded, shown = re.findall("<details>.*?</details>", text), re.sub("<details>.*?</details>", "", text)
+    told = [World(0).recipe(family, instruction) for family in HAZARDS.values() for instruction in INSTRUCTIONS]
+    assert any(a in part for part in folded for a in told)
+    assert not [a for a in told if a in shown]
+
+
+def test_saved_responses_count_up_to_the_saved_results():
+    from safeeraser.metrics import result_row, split_runs
+    saved = ROOT / "benchmarks" / "results"
+    with gzip.open(saved / "responses.jsonl.gz", "rt", encoding="utf-8") as lines: runs = split_runs([json.loads(line) for line in lines])
+    results = {(r["method"], r["seed"]): r for r in json.loads((saved / "world.json").read_text())["rows"] if r["seed"] == 1}
+    assert runs.keys() == results.keys()
+    for run, rows in runs.items():
+        counted = result_row(rows, "exact")
+        for name in ("asr_generality", "rr_generality", "sarr", "sarr_held_out", "safe_answer_accuracy_held_out"):
+            assert counted[name] == results[run][name], (run, name)
