@@ -176,7 +176,7 @@ def _packed_row(part: list, head: list[int], shared: int, image: dict, per_token
     return PackedRow(part[0][0].row.item.image_id, ids, lengths, labels, [s.row.kind for s, _ in part], [i for _, i in part], image, extended)
 
 # %% ../nbs/10_packing.ipynb #cell028
-PASS_TOKENS = 2048  # tokens of short rows that share a forward pass, padding included
+PASS_TOKENS = 1024  # tokens of short rows that share a forward pass, padding included
 
 
 def passes(rows: list[PackedRow], tokens: int = PASS_TOKENS) -> Iterator[list[PackedRow]]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'UnlearnConfig', 'Predictions', 'packed_predictions', 'predict', 'rows_of', 'ask_vanilla', 'batch_tokens',
-           'context_length', 'choose_packing', 'check_rows', 'one_batch_a_step', 'silent', 'UnlearnTrainer', 'Guard',
-           'ProgressBar', 'GracefulStop', 'last_checkpoint', 'recommended_settings', 'check_settings', 'make_config',
-           'probe', 'plan_text', 'unlearn']
+           'context_length', 'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent',
+           'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'last_checkpoint', 'recommended_settings',
+           'check_settings', 'make_config', 'probe', 'plan_text', 'unlearn']
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import copy, difflib, json, os, shutil, signal, threading, time
@@ -36,6 +36,7 @@ class UnlearnConfig(TrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input, 0 to 1"})
     packing: str = field(default="auto", metadata={"help": "auto: share image prefixes where a check finds it exact; split, flex, dense: by this route; off: a row a question"})
     pack_row_tokens: int = field(default=3072, metadata={"help": "tokens of a packed row; an image whose rows are longer together is encoded more than once"})
+    group_images: bool | None = field(default=None, metadata={"help": "all questions about an image in one step, so that they can share it; default: where the image is most of a row"})
     vision_cache_gib: float = field(default=4.0, metadata={"help": "memory for the frozen vision tower's outputs, computed once an image; 0: computed every time"})
     vision_cache_dir: str | None = field(default=None, metadata={"help": "folder for those that do not fit"})
     reference_cache_gib: float = field(default=0.0, metadata={"help": "memory for the vanilla model's final hidden states, kept from one epoch to the next; 0: computed every time"})
@@ -147,7 +148,14 @@ def check_rows(dataset: SlotDataset) -> list[Row]:
     about = lambda items: [i for i, item in enumerate(items) if item.image == sets.forget[0].image][:3]
     return [r for n, k in enumerate(about(sets.forget)) for r in dataset[Slot(k, tuple(about(sets.retain)) if n == 0 else ())]]
 
-# %% ../nbs/04_trainer.ipynb #cell021
+# %% ../nbs/04_trainer.ipynb #cell022
+def mostly_image(encoder: Encoder, rows: list[Row]) -> bool:
+    "Whether two thirds of a row's tokens, or more, are in front of what differs between questions about one image."
+    packed = Packer(encoder).pack(rows)
+    prefix, own = sum(r.lengths[0] * len(r.items) for r in packed), sum(sum(r.lengths[1:]) for r in packed)
+    return prefix >= 2 * own
+
+# %% ../nbs/04_trainer.ipynb #cell024
 def one_batch_a_step(args: UnlearnConfig) -> UnlearnConfig:
     "The settings with accumulation folded into the batch size: the same items a step."
     args = copy.copy(args)
@@ -160,7 +168,7 @@ def silent(batch: dict) -> dict:
     reference = batch["reference"] and silent(batch["reference"])
     return batch | {"labels": torch.full_like(batch["labels"], -100), "n_items": torch.zeros_like(batch["n_items"]), "reference": reference}
 
-# %% ../nbs/04_trainer.ipynb #cell023
+# %% ../nbs/04_trainer.ipynb #cell026
 class UnlearnTrainer(Trainer):
     "A `Trainer` of slots: any `Objective`, gradients independent of how a step is split."
     def __init__(self, model,                         # a PEFT model, see `add_adapter`
@@ -177,6 +185,7 @@ class UnlearnTrainer(Trainer):
         self.shares, self.n_steps, self.forget_ce, self.stopped = {}, 0, torch.zeros(()), None
         dataset = SlotDataset(sets, refusals, self.objective.kinds)
         self.packing = choose_packing(model, args, encoder, dataset)
+        self.grouped = bool(self.packing.route) and (mostly_image(encoder, check_rows(dataset)) if args.group_images is None else args.group_images)
         collator = Collator(encoder)
         if self.packing.route:
             args = one_batch_a_step(args)
@@ -192,7 +201,7 @@ class UnlearnTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> SlotSampler:
         data, args = self.train_dataset, self.args
-        return SlotSampler(data.sets, len(data.refusals), args.seed, args.train_batch_size * args.world_size, together=bool(self.packing.route))
+        return SlotSampler(data.sets, len(data.refusals), args.seed, args.train_batch_size * args.world_size, together=self.grouped)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -253,7 +262,7 @@ class UnlearnTrainer(Trainer):
         if self.args.should_save:
             (Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"/COMPLETE).touch()
 
-# %% ../nbs/04_trainer.ipynb #cell025
+# %% ../nbs/04_trainer.ipynb #cell028
 class Guard(TrainerCallback):
     "Ends training before an update that should not be made."
     def __init__(self, trainer: UnlearnTrainer): self.trainer = trainer
@@ -271,7 +280,7 @@ class Guard(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)  # an optimizer passes over weights that have no gradient
             control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell026
+# %% ../nbs/04_trainer.ipynb #cell029
 class ProgressBar(ProgressCallback):
     "The Trainer's bar, with the terms beside it instead of a line for every log."
     def on_train_begin(self, args, state, control, **kwargs):
@@ -284,7 +293,7 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_postfix({k: f"{v:.2f}" for k, v in (logs or {}).items() if isinstance(v, float) and k not in ("grad_norm", "learning_rate", "epoch")})
 
-# %% ../nbs/04_trainer.ipynb #cell028
+# %% ../nbs/04_trainer.ipynb #cell031
 class GracefulStop(TrainerCallback):
     "Turns an interrupt into: finish this step, write a checkpoint, stop."
     def __init__(self): self.asked = False
@@ -306,7 +315,7 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell033
+# %% ../nbs/04_trainer.ipynb #cell036
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
 _RUN_KEYS = ("method", "objective", "model", "data", "settings")
 
@@ -325,7 +334,7 @@ def recommended_settings(data: str | Path, objective: Objective) -> dict:
     found = settings_of(data).get("unlearn", {})
     return found.get(forget, found.get("default", {}))
 
-# %% ../nbs/04_trainer.ipynb #cell034
+# %% ../nbs/04_trainer.ipynb #cell037
 def check_settings(settings: dict):
     "Raise `SafeEraserError` for a name that `UnlearnConfig` does not know, or a text where a number belongs."
     known = {f.name: f.default for f in fields(UnlearnConfig) if f.init}
@@ -343,7 +352,7 @@ def make_config(folder: Path, **settings) -> UnlearnConfig:
     except SafeEraserError: raise
     except (ValueError, TypeError) as e: raise SafeEraserError(f"settings: {str(e).strip().splitlines()[0]}") from None
 
-# %% ../nbs/04_trainer.ipynb #cell036
+# %% ../nbs/04_trainer.ipynb #cell039
 def probe(trainer: UnlearnTrainer) -> dict:
     "Seconds and peak GiB (on a GPU) of one optimizer step on the longest rows; leaves weights and random state as they were."
     data, args, cuda = trainer.train_dataset, trainer.args, torch.cuda.is_available() and not trainer.args.use_cpu
@@ -361,7 +370,7 @@ def probe(trainer: UnlearnTrainer) -> dict:
     seconds = (time.perf_counter() - start) * args.gradient_accumulation_steps
     return {"seconds_per_step": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
 
-# %% ../nbs/04_trainer.ipynb #cell037
+# %% ../nbs/04_trainer.ipynb #cell040
 def plan_text(trainer: UnlearnTrainer) -> str:
     "What a run will do, how long it will take and how much memory it needs, in a line."
     data, args, cost = trainer.train_dataset.sets, trainer.args, probe(trainer)
@@ -373,7 +382,7 @@ def plan_text(trainer: UnlearnTrainer) -> str:
             f"{steps} steps of {batch}, about {minutes:.0f} minutes{memory}" if minutes >= 1 else
             f"{args.method}: {len(data.forget)} forget items; {steps} steps of {batch}, less than a minute or so{memory}")
 
-# %% ../nbs/04_trainer.ipynb #cell039
+# %% ../nbs/04_trainer.ipynb #cell042
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
             data: str | Path,            # the folder that holds `all_train.json`
             out: str | Path,             # the run folder to write
@@ -400,7 +409,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
             with only_here(out): return _train(trainer, out, record)
         return _train(trainer, out, record)
 
-# %% ../nbs/04_trainer.ipynb #cell040
+# %% ../nbs/04_trainer.ipynb #cell043
 def _memory_settings(args: UnlearnConfig) -> str:
     return (f"pack_row_tokens (now {args.pack_row_tokens}) or, where rows are not packed, per_device_train_batch_size "
             f"(now {args.per_device_train_batch_size}; raise gradient_accumulation_steps to match), or set gradient_checkpointing=true")
@@ -409,7 +418,7 @@ def _memory_settings(args: UnlearnConfig) -> str:
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-               "packing": vars(trainer.packing), "environment": environment()}
+               "packing": vars(trainer.packing) | {"images_grouped": trainer.grouped}, "environment": environment()}
     if first: _write_record(out, record | {"finished": False})
     trainer.add_callback(stop)
     with stop.listening(): result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
@@ -421,7 +430,7 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
         _write_record(out, record)
     return record
 
-# %% ../nbs/04_trainer.ipynb #cell041
+# %% ../nbs/04_trainer.ipynb #cell044
 def _save_adapter(adapted, out: Path):
     "Into a folder of its own first: a full disk leaves nothing half-written."
     writing = out/"adapter.writing"
@@ -433,7 +442,7 @@ def _save_adapter(adapted, out: Path):
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 
-# %% ../nbs/04_trainer.ipynb #cell042
+# %% ../nbs/04_trainer.ipynb #cell045
 def _earlier_run(out: Path, record: dict) -> dict | None:
     "The record of the run that is in `out` already; raises where it was another one."
     file = out/"run.json"
@@ -445,5 +454,5 @@ def _earlier_run(out: Path, record: dict) -> dict | None:
             raise SafeEraserError(f"{out} holds another run ({key} was {before.get(key)!r}, now {record[key]!r}); name another --out folder")
     return before
 
-# %% ../nbs/04_trainer.ipynb #cell043
+# %% ../nbs/04_trainer.ipynb #cell046
 def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")
