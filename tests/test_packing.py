@@ -159,7 +159,7 @@ def test_images_are_grouped_where_they_are_most_of_a_row(tiny, tmp_path):
         record = unlearn(tiny.model, tiny.data, out, "ga", group_images=asked, **settings)
         rows = json.loads((out / "checkpoints" / "composition.jsonl").read_text().splitlines()[0])["rows"]
         assert record["packing"]["images_grouped"] is grouped
-        assert len(rows) == (2 if grouped else 3)  # of the three images, each with two questions
+        assert len(rows) == (1 if grouped else 3)  # of the three images, four questions each
     assert unlearn(tiny.model, tiny.data, tmp_path / "off", "ga", packing="off", group_images=True, **settings)["packing"]["images_grouped"] is False
 
 
