@@ -55,6 +55,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'safeeraser.data.Encoder': ('data.html#encoder', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.__post_init__': ('data.html#encoder.__post_init__', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder._check_text': ('data.html#encoder._check_text', 'safeeraser/data.py'),
+                                 'safeeraser.data.Encoder._one_way': ('data.html#encoder._one_way', 'safeeraser/data.py'),
+                                 'safeeraser.data.Encoder._two_way': ('data.html#encoder._two_way', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.call': ('data.html#encoder.call', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.check_length': ('data.html#encoder.check_length', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.check_longest': ('data.html#encoder.check_longest', 'safeeraser/data.py'),

@@ -412,6 +412,11 @@ class Encoder:
     def __post_init__(self):
         if not getattr(self.processor, "chat_template", None):
             raise SafeEraserError("the model's processor has no chat template; save one with it (chat_template.jinja)")
+        mark = getattr(self.processor, "image_token", None)
+        if mark and (n := render_prompt(self.processor, "").count(mark)) > 1:
+            raise SafeEraserError(f"the chat template writes {mark} {n} times for one image; it should write it once")
+        from transformers import PaliGemmaProcessor
+        self.two_way = isinstance(self.processor, PaliGemmaProcessor)
         self.texts = lru_cache(maxsize=2**17)(self.texts)
 
     def _check_text(self, *texts: str):
@@ -431,11 +436,11 @@ class Encoder:
         self._check_text(question)
         return render_prompt(self.processor, question)
 
-    def call(self, texts: list[str], images: list[Path], side: str) -> dict:
+    def call(self, texts: list[str], images: list[Path], side: str, **more) -> dict:
         "The processor's model inputs for texts with one image each, padded on a side."
         bos = self.processor.tokenizer.bos_token
         return dict(self.processor(text=texts, images=[[_small_or_fresh(p)] for p in images], padding=True, padding_side=side,
-                                   return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos))))
+                                   return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)), **more))
 
     def check_length(self, row: Row, n: int):
         "Raise `SafeEraserError` where a row of `n` tokens is longer than `max_length`."
@@ -449,18 +454,29 @@ class Encoder:
 
     def prompts(self, items: list[Item]) -> dict:
         "Left-padded prompts for generation, one a row."
-        return self.call([self.prompt(i.question) for i in items], [i.image for i in items], "left")
+        inputs = self.call([self.prompt(i.question) for i in items], [i.image for i in items], "left")
+        return {k: v for k, v in inputs.items() if k != "labels"}  # PaliGemma's processor makes them unasked
 
     def rows(self, rows: list[Row]) -> dict:
         "Right-padded conversations; `labels` [R, T] is -100 except on answer and end-of-turn tokens of live rows."
+        batch = self._two_way(rows) if self.two_way else self._one_way(rows)
+        for k, (row, n) in enumerate(zip(rows, batch["attention_mask"].sum(1).tolist())):
+            self.check_length(row, n)
+            if not row.live: batch["labels"][k] = -100
+        return batch
+
+    def _one_way(self, rows: list[Row]) -> dict:
         prompts, answers, n_answer = zip(*(self.texts(r.item.question, r.answer) for r in rows))
         batch = self.call([p + a for p, a in zip(prompts, answers)], [r.item.image for r in rows], "right")
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
-        for k, (row, n, end) in enumerate(zip(rows, n_answer, batch["attention_mask"].sum(1).tolist())):
-            self.check_length(row, end)
-            if row.live:
-                batch["labels"][k, end - n:end] = batch["input_ids"][k, end - n:end]
+        for k, (n, end) in enumerate(zip(n_answer, batch["attention_mask"].sum(1).tolist())):
+            batch["labels"][k, end - n:end] = batch["input_ids"][k, end - n:end]
         return batch
+
+    def _two_way(self, rows: list[Row]) -> dict:
+        "PaliGemma reads its prompt in both directions: its processor is told where the answer begins, and labels it."
+        for r in rows: self._check_text(r.item.question, r.answer)
+        return self.call([self.prompt(r.item.question) for r in rows], [r.item.image for r in rows], "right", suffix=[r.answer for r in rows])
 
 # %% ../nbs/00_data.ipynb #cell074
 def number_items(rows: list[Row]) -> list[int]:

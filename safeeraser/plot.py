@@ -133,10 +133,11 @@ _WIDE, _LINE = 125, 15  # characters of small print that fit into 760 pixels; pi
 
 def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", height: int = 300, **more) -> go.Figure:
     "Title, subtitle and caption around a plot of `height` pixels."
-    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 84), (subtitle, _WIDE), (below, _WIDE)))
+    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 76), (subtitle, _WIDE), (below, _WIDE)))
     panels = max((1 + a.text.count("<br>") for a in fig.layout.annotations), default=0)  # lines of their titles
     top, foot = 34 + 20 * len(heads) + 17 * (len(subs) + panels), 12 + _LINE * len(lines)
-    bottom = foot + 80  # the axis' title and the legend
+    entries = sum(t.showlegend is not False for t in fig.data)
+    bottom = foot + 80 + 20 * (entries // 7)  # the axis' title, and a legend that may take a second line
     if lines: fig.add_annotation(text="<br>".join(lines), x=0, xref="paper", xanchor="left", xshift=-50, y=0, yref="paper", yanchor="top", yshift=foot - bottom,
                                  align="left", showarrow=False, font_size=11)
     fig.update_layout(title=dict(text="<br>".join(heads), subtitle=dict(text="<br>".join(subs), font=dict(size=12, color="#7f7f7f")), font_size=16,
@@ -359,7 +360,7 @@ def _breakdown_title(found: dict[str, dict], name: str, by: str) -> str:
     apart = lambda m: max(r.value for r in found[m].values()) - min(r.value for r in found[m].values())
     if not found: return f"{MEASURES[name].title} by {by}: nothing here has been judged"
     most = max(found, key=apart)
-    if not apart(most): return f"{MEASURES[name].title} by {by}: every method has one and the same rate throughout"
+    if not apart(most): return f"{MEASURES[name].title} by {by}: {method_name(most) if len(found) == 1 else 'every method'} has one and the same rate throughout"
     lo, hi = (pick(found[most], key=lambda g: found[most][g].value) for pick in (min, max))
     return f"{MEASURES[name].title} by {by}: {method_name(most)} varies most, {100 * found[most][lo].value:.0f}% ({lo}) to {100 * found[most][hi].value:.0f}% ({hi})"
 
@@ -368,8 +369,8 @@ def breakdown_explorer(rows: list[dict],      # judged responses of several meth
                        judge: str = "exact"):
     "Dropdowns for measure, breakdown and method over a figure that follows them."
     import ipywidgets as widgets
-    methods, out = in_order(r["method"] for r in rows), widgets.Output()
-    pick = [widgets.Dropdown(description="measure", options=[(m.title, k) for k, m in MEASURES.items()], value="sarr"),
+    methods, out, asked = in_order(r["method"] for r in rows), widgets.Output(), {(r["set"], r["split"]) for r in rows}
+    pick = [widgets.Dropdown(description="measure", options=[(m.title, k) for k, m in MEASURES.items() if (m.set, m.split) in asked], value="sarr"),
             widgets.Dropdown(description="by", options=list(BREAKDOWNS), value="instruction"),
             widgets.Dropdown(description="method", options=[("all", None)] + [(method_name(m), m) for m in methods])]
     view = go.FigureWidget(breakdown_figure(rows, judge=judge))

@@ -1,6 +1,7 @@
 """Every family of vision-language models: its parts are found, its adapter holds what it should, and packed rows equal separate ones."""
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,10 +144,8 @@ def test_packed_rows_are_separate_rows(name, route, together, built, sets, recor
 
 
 @pytest.mark.parametrize("name, route", ROUTES)
-def test_packed_losses_are_separate_losses(name, route, built, sets, monkeypatch):
+def test_packed_losses_are_separate_losses(name, route, built, sets):
     encoder, model = Encoder(FAMILIES[name].make_processor()), adapted(built, name)
-    # a plain batch of a family that lays all images' patches end to end cannot be cut by rows: ask about all of them
-    monkeypatch.setattr(trainer, "rows_of", lambda batch, kinds: {k: v for k, v in batch.items() if k != "n_items"})
     for method in METHODS:
         objective = parse_objective(method)
         slots = rows(sets, objective.kinds)
@@ -170,6 +169,29 @@ def test_verdict(name, built, sets):
         verdict = check_packing(model, encoder, check, (route,))
         assert (verdict.route == route) == (route in family.routes), verdict
         assert verdict.route or verdict.why and "\n" not in verdict.why
+
+
+def test_an_answer_is_not_seen_before_it_is_given(built, sets):
+    "PaliGemma's prompt is read in both directions; an answer's tokens must only see what is before them."
+    processor, model = FAMILIES["paligemma"].make_processor(), built("paligemma")
+    encoder, tok = Encoder(processor), processor.tokenizer
+    row = rows(sets)[0][0]
+    batch = encoder.rows([row, replace(row, live=False)])
+    assert (batch["labels"][1] == -100).all()
+    labelled = batch["labels"][0] != -100
+    assert tok.decode(batch["labels"][0][labelled]) == f"{row.answer} {tok.eos_token}"
+    own = {k: v[:1] for k, v in batch.items() if k != "labels"}
+    last = labelled.nonzero()[-1].item()
+    other = own | {"input_ids": own["input_ids"].clone()}
+    other["input_ids"][0, last] = tok.convert_tokens_to_ids("box")
+    with torch.no_grad(): first, second = (model(**x).logits[0, :last] for x in (own, other))
+    assert torch.allclose(first, second, atol=1e-5)
+    assert "labels" not in encoder.prompts([row.item])
+
+
+def test_a_template_that_writes_two_images_for_one_is_refused():
+    with pytest.raises(SafeEraserError, match="<image> 2 times for one image"):
+        Encoder(FAMILIES["llava"].make_processor(template("<image><image>")))
 
 
 def test_a_prefix_that_looks_at_the_question_is_said_to(built, sets):

@@ -83,6 +83,20 @@ def test_gradient_checkpointing_changes_nothing(jittered, tiny):
         model.gradient_checkpointing_disable()
 
 
+@pytest.mark.parametrize("route", ["dense", "split"])
+def test_bfloat16_packs_as_far_as_it_can_tell(route, tiny):
+    model, processor = load_model(tiny.model, "cpu", torch.bfloat16)
+    adapted, encoder = add_adapter(model, 4, 8, 0.0), Encoder(processor)
+    rows = [r for s in slots_of(tiny, ("forget", "retain")) for r in s]
+    found = check_packing(adapted, encoder, rows, (route,))
+    assert model.dtype == torch.bfloat16 and found.route == route and found.difference < .06
+    batch = PackedCollator(Packer(encoder))(slots_of(tiny, ("forget", "retain")))
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    with torch.autocast("cpu", torch.bfloat16): loss, gradient = step(adapted, batch, parse_objective("gd"), route)
+    assert torch.tensor(loss).isfinite() and all(g.isfinite().all() for g in gradient.values())
+
+
 def test_segments_see_what_a_row_of_its_own_would_see():
     "Against a mask written token by token."
     lengths, window = [5, 3, 1, 4], 4
