@@ -182,6 +182,9 @@ class UnlearnTrainer(Trainer):
         self.objective = objective or parse_objective(args.method)
         if "retain" in self.objective.kinds and not sets.retain:
             raise SafeEraserError(f"method {args.method!r} has a retain term, but the data has no harmless pair (UnharmPair_*)")
+        if "decouple" in self.objective.kinds and not sets.decouple:
+            raise SafeEraserError(f"method {args.method!r} has a prompt-decouple term, but the data has no safe images (SDImage_path)")
+        if not sets.forget: raise SafeEraserError("the data has no unsafe question; there is nothing to forget")
         encoder = Encoder(processor, args.max_length or context_length(model))
         encoder.check_longest([r for k in range(len(sets.forget)) for r in SlotDataset(sets, refusals)[k]])
         self.shares, self.n_steps, self.forget_ce, self.stopped = {}, 0, torch.zeros(()), None
