@@ -288,14 +288,14 @@ def _replies() -> Path:
 
 def _model_judge(kind: str, model: str | None, server: str | None, view: str, data: Path | None, at_once: int):
     "A judge that is a model."
-    from safeeraser.data import SafeEraserError
+    from safeeraser.data import Place, resolve_image, SafeEraserError
     from safeeraser.judges import local_judge, server_judge
     from safeeraser.server import Server
     if not model: raise SafeEraserError(f"--judge {kind} wants --model: which model judges")
     if kind != "server": return local_judge(model, kind, view)
     if not server: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
     root = data and data.absolute().parent
-    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, lambda row: root/row["image_id"])
+    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, lambda row: resolve_image(root, row["image_id"], "image_id", Place(Path("responses"))))
 
 
 def _cost(judge, rows: list[dict], url: str | None, model: str) -> str:

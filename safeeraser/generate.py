@@ -215,6 +215,7 @@ class Asker:
     engine: Engine | None
     batch_size: int
     header: dict          # of the responses file: how to answer
+    whole_batches = True  # rounding may differ from batch to batch, so a resumed run asks those of the first run
 
     def batches(self, requests: list[Request]) -> list[list[Request]]:
         "Questions about one image together, where they share it; else questions of like length."
@@ -244,22 +245,25 @@ class ServerAsker:
     "A model behind an OpenAI-compatible server."
     server: object
     header: dict
+    problem: str = ""        # why the last request that failed did
+    whole_batches = False    # every answer is asked, and paid, once
 
     def batches(self, requests: list[Request]) -> list[list[Request]]:
         "As many requests as keep the server busy for a while."
         size = 4 * self.server.at_once
         return [requests[k:k + size] for k in range(0, len(requests), size)]
 
-    def ask(self, batch: list[Request]) -> list[str]:
-        "One response for each request; raises `SafeEraserError` where the server gives none."
+    def ask(self, batch: list[Request]) -> list[str | None]:
+        "One response for each request, None where there was none; raises `SafeEraserError` where the server gives none at all."
         from safeeraser.server import ask_all, Call
         h = self.header
         calls = [Call("", r.item.question, r.item.image, h["max_new_tokens"], h["temperature"], h["top_p"] if h["temperature"] > 0 else 1.0,
                       _row_seed(h["sampling_seed"], r.item, r.sample) % 2**31 if h["temperature"] > 0 else None) for r in batch]
         replies = ask_all(self.server, calls, progress=False)
-        if bad := [r.problem for r in replies if r.text is None]:
-            raise SafeEraserError(f"{self.server.url}: {bad[0]}; what is done is kept, and the same command goes on from there")
-        return [r.text.strip() for r in replies]
+        bad = [r.problem for r in replies if r.text is None]
+        self.problem = bad[-1] if bad else self.problem
+        if len(bad) == len(replies): raise SafeEraserError(f"{self.server.url}: {bad[0]}; what is done is kept, and the same command goes on from there")
+        return [r.text if r.text is None else r.text.strip() for r in replies]
 
 
 def _server_asker(url: str, model: str, header: dict, requests: list[Request]) -> ServerAsker:
@@ -275,12 +279,15 @@ def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Reques
         with part.open("a", encoding="utf-8") as file, progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
             for batch in asker.batches(requests):
                 new = [r for r in batch if key(r) not in done]
-                answers = dict(zip(map(key, batch), asker.ask(batch))) if new else {}
-                rows = {key(r): response_row(r, answers[key(r)], method, run_seed) for r in new}
+                asked = batch if new and asker.whole_batches else new
+                answers = dict(zip(map(key, asked), asker.ask(asked))) if asked else {}
+                rows = {key(r): response_row(r, answers[key(r)], method, run_seed) for r in new if answers[key(r)] is not None}
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
                 file.flush()
                 done |= rows
                 bar.update(len(batch))
+    if missing := sum(key(r) not in done for r in requests):
+        raise SafeEraserError(f"{missing} of {len(requests)} questions got no answer ({asker.problem}); the others' are kept, and the same command asks these again")
     write_rows(out, [done[key(r)] for r in requests])
     part.unlink()
     return out

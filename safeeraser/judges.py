@@ -214,7 +214,7 @@ class Guard:
 
     def __call__(self, calls: list[Call]) -> list[Reply]:
         "Replies of a judge: yes where unsafe is likelier."
-        parts = [dict(re.findall(r"<(question|response)-\w+>\n(.*?)\n</\1-\w+>", c.text, re.S)) for c in calls]
+        parts = [{name: text for name, _, text in re.findall(r"<(question|response)-(\w+)>\n(.*?)\n</\1-\2>", c.text, re.S)} for c in calls]
         chances = [self.unsafe(p.get("question", ""), p["response"]) for p in progress_bar(parts, desc="verdicts")]
         return [Reply("yes" if p > .5 else "no") for p in chances]
 
