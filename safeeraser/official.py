@@ -357,7 +357,7 @@ def _json_rows(file: Path) -> Iterator: return iter(read_json_records(file))
 
 
 def _parquet_rows(file: Path) -> Iterator[dict]:
-    with _extra("pyarrow.parquet").ParquetFile(file, memory_map=True, buffer_size=2**20) as table:  # buffered: else a whole column of images is read at once
+    with _extra("pyarrow.parquet").ParquetFile(file, memory_map=True) as table:  # mapped: what isn't compressed isn't copied
         for batch in table.iter_batches(batch_size=8): yield from batch.to_pylist()
 
 
