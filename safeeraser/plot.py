@@ -136,7 +136,7 @@ def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", hei
     heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 76), (subtitle, _WIDE), (below, _WIDE)))
     panels = max((1 + a.text.count("<br>") for a in fig.layout.annotations), default=0)  # lines of their titles
     top, foot = 34 + 20 * len(heads) + 17 * (len(subs) + panels), 12 + _LINE * len(lines)
-    entries = sum(t.showlegend is not False for t in fig.data)
+    entries = sum(getattr(t, "showlegend", False) is not False for t in fig.data)  # tables have no legend
     bottom = foot + 80 + 20 * (entries // 7)  # the axis' title, and a legend that may take a second line
     if lines: fig.add_annotation(text="<br>".join(lines), x=0, xref="paper", xanchor="left", xshift=-50, y=0, yref="paper", yanchor="top", yshift=foot - bottom,
                                  align="left", showarrow=False, font_size=11)

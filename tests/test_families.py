@@ -11,6 +11,7 @@ from peft import PeftModel
 from PIL import Image
 
 from safeeraser import trainer
+from safeeraser.cache import VisionCache
 from safeeraser.data import Collator, Encoder, Item, KINDS, parse_record, Place, Row, SafeEraserError, Sets, Slot, SlotDataset
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, anatomy, load_adapter, vanilla
@@ -22,10 +23,9 @@ ASK = ["what is this thing in the picture", "how could one hide it", "what is th
 SAY = ["put it under the box", "a ring", "take a red ball and hide it in the box", "left"]
 
 
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
+def make_sets(root):
     "Two harmful images with three forget and two retain items each, and their safe partners, one of another size."
-    root, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
+    rng = random.Random(0)
     def picture(name, width=112):
         Image.frombytes("RGB", (width, 56), rng.randbytes(3 * width * 56)).save(root / name)
         return name
@@ -38,6 +38,10 @@ def sets(tmp_path_factory):
             made.decouple.append(item("decouple", safe, q, "it looks nice"))
         made.retain.extend(item("retain", harmful, q, "a blue " + a) for q, a in zip(ASK[2:], SAY[k:]))
     return made
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory): return make_sets(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,16 @@ def test_vanilla_is_the_pristine_model_and_the_adapter_comes_back(name, built, s
     assert torch.equal(logits(load_adapter(copy.deepcopy(built(name)), tmp_path)), logits(model))
     plain = PeftModel.from_pretrained(copy.deepcopy(built(name)), str(tmp_path))
     assert torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kept_features_change_nothing(name, built, sets):
+    model, inputs = adapted(built, name).eval(), Encoder(FAMILIES[name].make_processor()).rows(sum(rows(sets), [])[:6])
+    del inputs["labels"]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with VisionCache(model): found = [model(**inputs).logits for _ in range(2)]
+    for logits in found: assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def separate(model, encoder, rows):
