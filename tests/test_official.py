@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -548,15 +549,19 @@ def test_training_s_memory_does_not_grow_with_the_folder(official_size, tiny, tm
 
 # A new user
 
-def test_the_path_of_a_new_user(tiny, tmp_path):
-    "The five commands, on 60 records with the official quirks."
-    data = write_dataset(World(1), tmp_path / "mine" / "dataset", {"train": 60, "val": 6})
+def test_the_path_of_a_new_user(tiny, tmp_path, monkeypatch):
+    "The five commands of the README, word for word but for the model, on 60 records with the official quirks."
+    data = write_dataset(World(1), tmp_path / "dataset", {"train": 60, "val": 6})
     with_quirks(data)
-    out = tmp_path / "run"
-    fast = [a for s in ("max_steps=2", "lora_r=4", "use_cpu=true") for a in ("--set", s)]
-    for command in (["data", "check", data, "--model", tiny.model], ["unlearn", "--model", tiny.model, "--data", data, "--method", "po+pd", "--out", out, *fast],
-                    ["generate", "--model", tiny.model, "--adapter", out, "--data", data, "--out", out / "responses.jsonl", "--max-new-tokens", 4],
-                    ["judge", out / "responses.jsonl", "--judge", "rule", "--out", out / "judged.jsonl"], ["report", out]):
+    (data / "settings.json").write_text(json.dumps({"unlearn": {"default": {"max_steps": 2, "lora_r": 4, "use_cpu": True}}, "generate": {"max_new_tokens": 4}}))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if b.startswith("safeeraser data check"))
+    commands = [line.replace("llava-hf/llava-1.5-7b-hf", str(tiny.model)).split()[1:] for line in block.splitlines()]
+    assert [c[0] for c in commands] == ["data", "unlearn", "generate", "judge", "report"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
         done = run(*command)
         assert done.code == 0, (command, done.out, done.said)
-    assert "PO+PD" in done.out and (out / "report.html").exists()
+        if command[0] == "data": assert all(said in done.out for said in ("JSON lines", "Hatespeech", "sub-folders", "is usable"))
+    assert "PO+PD" in done.out and (tmp_path / "runs" / "po+pd" / "report.html").exists()
+    assert len((tmp_path / "runs" / "po+pd" / "judged.jsonl").read_text().splitlines()) == 4 * 60 + 3 * 4 * 6
