@@ -421,9 +421,11 @@ def _memory_settings(args: UnlearnConfig) -> str:
 
 
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
+    from safeeraser.runs import data_digest, git_state, write_card
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-               "packing": vars(trainer.packing) | {"images_grouped": trainer.grouped}, "environment": environment()}
+               "packing": vars(trainer.packing) | {"images_grouped": trainer.grouped}, "environment": environment(),
+               "data_digest": data_digest(record["data"]), "git": git_state()}
     if first: _write_record(out, record | {"finished": False})
     trainer.add_callback(stop)
     with stop.listening(): result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
@@ -433,6 +435,7 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     if first:
         _save_adapter(trainer.model, out)
         _write_record(out, record)
+        write_card(out)
     return record
 
 # %% ../nbs/04_trainer.ipynb #cell044
