@@ -495,6 +495,19 @@ def test_data_without_safe_images_trains_without_pd_only(tiny, tmp_path):
         unlearn(tiny.model, tmp_path / "dataset", tmp_path / "gd+pd", "gd+pd", **settings)
 
 
+def test_a_run_does_not_go_on_with_an_image_that_was_replaced(tiny, tmp_path):
+    from safeeraser.trainer import unlearn
+    shutil.copytree(tiny.data.parent, tmp_path / "w")
+    data = tmp_path / "w" / "dataset"
+    again = lambda: unlearn(tiny.model, data, tmp_path / "run", "ga", progress=False, max_steps=1, lora_r=4, use_cpu=True, save_strategy="no")
+    first, image = again(), image_of(data)
+    kept = image.read_bytes()
+    Image.new("RGB", (48, 48), "blue").save(image)
+    with pytest.raises(SafeEraserError, match="begun with other records or images"): again()
+    image.write_bytes(kept)
+    assert again() == json.loads(json.dumps(first))
+
+
 # The official size
 
 @pytest.fixture(scope="module")
