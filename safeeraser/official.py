@@ -411,13 +411,16 @@ def gather(rows: Iterable[Asked],
            folder: Path,   # a dataset folder; images are copied into it
            split: str) -> list[Record]:
     "Records, a few for an image where it has several safe partners or more than four harmless questions; images only pass through memory."
-    pictures, unsafe, harmless = _Pictures(folder), {}, {}
+    pictures, unsafe, harmless, places = _Pictures(folder), {}, {}, {}
     for r in rows:
         image = pictures.keep(r.image, f"img/{_folder_name(r.category)}", r.place, "image")
         safe = r.safe_image and pictures.keep(r.safe_image, f"pdset/image/{_folder_name(r.category)}/{split}", r.place, "safe_image")
         partners, others = unsafe.setdefault(image, {}), harmless.setdefault(image, [])
-        if r.kind == "unsafe": partners.setdefault(safe, []).append(UnsafePair(r.question, r.answer, r.safe_answer))
+        if r.kind == "unsafe":
+            partners.setdefault(safe, []).append(UnsafePair(r.question, r.answer, r.safe_answer))
+            places.setdefault(bool(safe), r.place)
         else: others.append((r.question, r.answer))
+    if len(places) > 1: raise places[False].error("safe_image", "missing, though other unsafe questions have one; each needs one, or none has one")
     return [record for image in unsafe for record in _records(f"{folder.name}/", image, unsafe[image], harmless[image])]
 
 

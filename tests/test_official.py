@@ -329,7 +329,7 @@ def test_a_second_split_joins_the_first(pictures):
 @pytest.mark.parametrize("row, said", [
     ({"question": ""}, "record 1, question: a non-empty text"), ({"question": 3}, "record 1, question: a non-empty text belongs here, found 3"), ({"answer": None}, "record 1, answer: a non-empty text"),
     ({"kind": "bad"}, "record 1, kind: unsafe or harmless"), ({"image": "../x.png"}, "record 1, image: '../x.png' leads out"), ({"image": "/etc/passwd"}, "leads out"),
-    ({"image": "none.png"}, "record 1, image: no image"), ({"image": "t.jsonl"}, "record 1, image: not a readable image"), ({"safe_answer": ""}, "record 1, safe_answer: a non-empty text"),
+    ({"image": "none.png"}, "record 1, image: no image"), ({"image": "t.jsonl"}, "record 1, image: not a readable image"), ({"safe_answer": ""}, "record 1, safe_answer: a non-empty text"), ({"safe_image": ""}, "record 1, safe_image: missing, though other"),
     ({"image": {"bytes": None, "path": None}}, "record 1, image: a non-empty text")])
 def test_bad_rows_are_named_and_nothing_is_written(row, said, pictures):
     (pictures / "t.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[0] | row))
