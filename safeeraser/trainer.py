@@ -452,7 +452,8 @@ def _save_adapter(adapted, out: Path):
 
 # %% ../nbs/04_trainer.ipynb #cell045
 def _earlier_run(out: Path, record: dict) -> dict | None:
-    "The record of the run that is in `out` already; raises where it was another one."
+    "The record of the run that is in `out` already; raises where it was another one, or its data has changed since."
+    from safeeraser.runs import data_digest
     file = out/"run.json"
     if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; --out is a folder")
     if not file.exists(): return None
@@ -460,6 +461,8 @@ def _earlier_run(out: Path, record: dict) -> dict | None:
     for key in _RUN_KEYS:
         if before.get(key) != record[key]:
             raise SafeEraserError(f"{out} holds another run ({key} was {before.get(key)!r}, now {record[key]!r}); name another --out folder")
+    if (begun := before.get("data_digest")) and begun != data_digest(record["data"]):
+        raise SafeEraserError(f"{out} was begun with other records or images in {record['data']}; put them back or name another --out folder")
     return before
 
 # %% ../nbs/04_trainer.ipynb #cell046
