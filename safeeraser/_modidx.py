@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'safeeraser.data.Collator.__call__': ('data.html#collator.__call__', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder': ('data.html#encoder', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.__post_init__': ('data.html#encoder.__post_init__', 'safeeraser/data.py'),
+                                 'safeeraser.data.Encoder._check_template': ('data.html#encoder._check_template', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder._check_text': ('data.html#encoder._check_text', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.call': ('data.html#encoder.call', 'safeeraser/data.py'),
                                  'safeeraser.data.Encoder.check_length': ('data.html#encoder.check_length', 'safeeraser/data.py'),

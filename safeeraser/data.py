@@ -412,30 +412,43 @@ class Encoder:
     def __post_init__(self):
         if not getattr(self.processor, "chat_template", None):
             raise SafeEraserError("the model's processor has no chat template; save one with it (chat_template.jinja)")
+        self.marks = sorted({m for name in ("image_token", "boi_token") if (m := getattr(self.processor, name, None))})
+        self.prefix_lm = "labels" in getattr(self.processor, "model_input_names", ())  # PaliGemma's: reads the prompt in both directions
+        self._check_template()
         self.texts = lru_cache(maxsize=2**17)(self.texts)
 
+    def _check_template(self):
+        found = {m: render_prompt(self.processor, "?").count(m) for m in self.marks}
+        if self.marks and max(found.values()) != 1:
+            raise SafeEraserError(f"the chat template writes {max(found.values())} image placeholders ({', '.join(self.marks)}) for one image; "
+                                  "one belongs there, so mend the processor's chat_template.jinja")
+
     def _check_text(self, *texts: str):
-        mark = getattr(self.processor, "image_token", None)
-        for text in texts:
-            if mark and mark in text:
-                raise SafeEraserError(f"{text!r:.80} contains {mark}, which stands for an image; take it out of the text")
+        for text, mark in ((t, m) for t in texts for m in self.marks if m in t):
+            raise SafeEraserError(f"{text!r:.80} contains {mark}, which stands for an image; take it out of the text")
 
     def texts(self, question: str, answer: str) -> tuple[str, str, int]:
         "Prompt, answer with its end-of-turn token, and the number of the answer's tokens."
         self._check_text(question, answer)
         prompt, tail = render_answered(self.processor, question, answer)
-        return prompt, tail, count_answer_tokens(self.processor.tokenizer, prompt, tail)
+        tok = self.processor.tokenizer
+        n = len(tok(tail, add_special_tokens=False).input_ids) if self.prefix_lm else count_answer_tokens(tok, prompt, tail)
+        return prompt, tail, n
 
     def prompt(self, question: str) -> str:
         "The conversation up to where the model is to speak."
         self._check_text(question)
         return render_prompt(self.processor, question)
 
-    def call(self, texts: list[str], images: list[Path], side: str) -> dict:
-        "The processor's model inputs for texts with one image each, padded on a side."
-        bos = self.processor.tokenizer.bos_token
-        return dict(self.processor(text=texts, images=[[_small_or_fresh(p)] for p in images], padding=True, padding_side=side,
-                                   return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos))))
+    def call(self, texts: list[str], images: list[Path], side: str, answers: tuple[str, ...] = ()) -> dict:
+        "The processor's model inputs for texts (with `answers` behind them) with one image each, padded on a side."
+        bos, eos, more = self.processor.tokenizer.bos_token, self.processor.tokenizer.eos_token, {}
+        if answers and self.prefix_lm: more = {"suffix": [a.removesuffix(eos) for a in answers]}  # marked as such; its processor adds the eos
+        elif answers: texts = [t + a for t, a in zip(texts, answers)]
+        inputs = dict(self.processor(text=texts, images=[[_small_or_fresh(p)] for p in images], padding=True, padding_side=side,
+                                     return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)), **more))
+        inputs.pop("labels", None)  # PaliGemma's processor makes its own
+        return inputs
 
     def check_length(self, row: Row, n: int):
         "Raise `SafeEraserError` where a row of `n` tokens is longer than `max_length`."
@@ -454,7 +467,7 @@ class Encoder:
     def rows(self, rows: list[Row]) -> dict:
         "Right-padded conversations; `labels` [R, T] is -100 except on answer and end-of-turn tokens of live rows."
         prompts, answers, n_answer = zip(*(self.texts(r.item.question, r.answer) for r in rows))
-        batch = self.call([p + a for p, a in zip(prompts, answers)], [r.item.image for r in rows], "right")
+        batch = self.call(list(prompts), [r.item.image for r in rows], "right", answers)
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         for k, (row, n, end) in enumerate(zip(rows, n_answer, batch["attention_mask"].sum(1).tolist())):
             self.check_length(row, end)

@@ -110,7 +110,7 @@ class Packer:
         ids = inputs.pop("input_ids")[0].tolist()
         if ids[len(ids) - len(first.tail):] != first.tail:
             raise CannotPack("the processor changes the text behind the image, or tokenizes it by what is before it")
-        for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
+        inputs.pop("attention_mask", None)
         per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
         return ids[:len(ids) - len(first.tail)], {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()}
 
@@ -538,10 +538,10 @@ def _measured(model, compute) -> tuple[torch.Tensor, torch.Tensor]:
 def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
     "Whether what a token says depends on the token behind it: then a prefix is not the same for every question."
     inputs = to_device(encoder.rows([row]), next(model.parameters()).device)
-    del inputs["labels"]
+    last = int((inputs.pop("labels")[0] != -100).nonzero()[0]) - 1  # of the prompt: an answer is never looked at from in front of it
     other = inputs["input_ids"].clone()
-    other[0, -1] = other[0, -2]
-    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :-1].float() for ids in (inputs["input_ids"], other))
+    other[0, last] = other[0, last + 1]
+    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :last].float() for ids in (inputs["input_ids"], other))
     return not torch.allclose(first, second, atol=1e-3)
 
 

@@ -95,10 +95,12 @@ def predict(model, batch: dict, route: str | None = None) -> Predictions:
 
 # %% ../nbs/04_trainer.ipynb #cell012
 def rows_of(batch: dict, kinds: tuple[str, ...]) -> dict:
-    "A plain batch's rows of some kinds; its first row where there are none, since ranks wait for each other's passes."
+    "A plain batch's rows of some kinds: its first row where there are none, since ranks wait for each other; all where inputs can't be cut by rows."
+    inputs = {k: v for k, v in batch.items() if k != "n_items"}
+    if any(len(v) != len(batch["kind"]) for v in inputs.values()): return inputs  # Qwen and InternVL lay all images' patches end to end
     rows = torch.isin(batch["kind"], torch.tensor([KINDS.index(k) for k in kinds], device=batch["kind"].device))
     if not rows.any(): rows[0] = True
-    return {k: v[rows] if len(v) == len(rows) else v for k, v in batch.items() if k != "n_items"}
+    return {k: v[rows] for k, v in inputs.items()}
 
 
 def ask_vanilla(model, batch: dict, objective: Objective, route: str | None = None, kept: ReferenceCache | None = None) -> Predictions | None:

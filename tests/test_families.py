@@ -143,10 +143,8 @@ def test_packed_rows_are_separate_rows(name, route, together, built, sets, recor
 
 
 @pytest.mark.parametrize("name, route", ROUTES)
-def test_packed_losses_are_separate_losses(name, route, built, sets, monkeypatch):
+def test_packed_losses_are_separate_losses(name, route, built, sets):
     encoder, model = Encoder(FAMILIES[name].make_processor()), adapted(built, name)
-    # a plain batch of a family that lays all images' patches end to end cannot be cut by rows: ask about all of them
-    monkeypatch.setattr(trainer, "rows_of", lambda batch, kinds: {k: v for k, v in batch.items() if k != "n_items"})
     for method in METHODS:
         objective = parse_objective(method)
         slots = rows(sets, objective.kinds)
@@ -183,6 +181,46 @@ def test_a_kernel_without_a_mask_is_refused_where_a_longer_row_would_need_one(se
     model, encoder = family.make_model(), Encoder(family.make_processor())
     assert check_packing(model, encoder, rows(sets)[0], ("split",)).why == "split: some layers look back over a window shorter than 512 tokens"
     assert check_packing(model, encoder, rows(sets)[0]).route == "dense"
+
+
+def test_paligemma_reads_its_prompt_whole_and_its_answer_word_by_word(built, sets):
+    "One row's log-probabilities are those of the model asked for a word at a time; prompts carry no labels."
+    processor, model, row = FAMILIES["paligemma"].make_processor(), built("paligemma"), rows(sets)[0][0]
+    encoder = Encoder(processor)
+    batch, prompt = encoder.rows([row]), encoder.prompts([row.item])
+    assert "labels" not in prompt
+    at = batch["labels"][0] != -100
+    n, start = int(at.sum()), int(at.nonzero()[0])
+    assert processor.tokenizer.decode(batch["labels"][0][at]) == row.answer + " </s>" and at[start:].all()
+    assert torch.equal(batch["input_ids"][0, :start], prompt["input_ids"][0])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        found = model(**batch).logits[0, start - 1:-1]
+        for k in range(n):
+            ids = torch.cat([prompt["input_ids"], labels[:, start:start + k]], 1)
+            kind = torch.cat([torch.zeros_like(prompt["input_ids"]), torch.ones_like(labels[:, start:start + k])], 1)
+            alone = model(input_ids=ids, token_type_ids=kind, attention_mask=torch.ones_like(ids), pixel_values=prompt["pixel_values"]).logits[0, -1]
+            torch.testing.assert_close(found[k], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_template_with_another_number_of_images_than_one_is_refused(name):
+    family = FAMILIES[name]
+    for image, n in ((family.image * 2, 2), ("", 0)):
+        with pytest.raises(SafeEraserError, match=f"the chat template writes {n} image placeholders"): Encoder(family.make_processor(template(image)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_unpacked_batch_asks_the_vanilla_model_about_the_right_rows(name, built, sets):
+    "Whether or not the rows can be picked out of the batch."
+    model, encoder = adapted(built, name), Encoder(FAMILIES[name].make_processor())
+    batch = Collator(encoder)(rows(sets))
+    with torch.no_grad():
+        found = trainer.ask_vanilla(model, batch, parse_objective("kl+pd"))
+        with vanilla(model): everything = trainer.predict(model, batch)
+    retain = KINDS.index("retain")
+    torch.testing.assert_close(found.log_probs[found.kind == retain], everything.log_probs[everything.kind == retain], atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.item[found.kind == retain], everything.item[everything.kind == retain])
 
 
 def test_image_tokens_that_see_each_other_need_the_mask(built, sets):
