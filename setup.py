@@ -10,7 +10,7 @@ ini.read_string((ROOT / "settings.ini").read_text(encoding="utf-8"))
 cfg = ini["DEFAULT"]
 
 words = lambda key: cfg.get(key, "").split()
-notebook = words("notebook_requirements")
+extras = {name: words(f"{name}_requirements") for name in ("qlora", "notebook", "data", "server")}
 
 setup(
     name=cfg["lib_name"],
@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     include_package_data=True,
     install_requires=words("requirements"),
-    extras_require={"notebook": notebook, "dev": notebook + words("dev_requirements")},
+    extras_require=extras | {"dev": sum(extras.values(), words("dev_requirements"))},
     entry_points={
         "console_scripts": words("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],  # lets other nbdev projects link to our symbols

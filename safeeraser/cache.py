@@ -130,7 +130,8 @@ def _flat(output, layers: list[int] | None) -> dict[str, torch.Tensor]:
     "The tensors of a tower's output that are needed, by name; a hidden layer's name holds its place."
     hidden = output.get("hidden_states")
     if hidden is not None and layers is not None:
-        return {f"hidden_states.{len(hidden)}.{k % len(hidden)}": hidden[k] for k in layers}
+        last = {"last_hidden_state": output.last_hidden_state} if -1 in layers else {}  # InternVL's -1 is the tower's output, normalised
+        return last | {f"hidden_states.{len(hidden)}.{k % len(hidden)}": hidden[k] for k in layers}
     return {k: v for k, v in output.items() if isinstance(v, torch.Tensor)}
 
 

@@ -245,7 +245,7 @@ def _with_answer(inputs: dict, tokens: list[int]) -> dict:
     longer["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
     return inputs | longer
 
-# %% ../nbs/12_engine.ipynb #cell027
+# %% ../nbs/12_engine.ipynb #cell029
 def packing_report(source: str | Path,          # a model folder, or a name on the hub
                    device: str | None = None    # as for `load_model`
                    ) -> Iterator[str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'answer_batch', 'RowSampler', 'Request', 'plan_requests', 'response_row',
-           'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker']
+           'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker', 'ServerAsker']
 
 # %% ../nbs/05_generate.ipynb #cell003
 import hashlib, json
@@ -180,10 +180,11 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
              share_images: bool = True,           # read an image once for all its questions, where a check finds that exact
              seed: int = 0,                       # of sampling
              device: str | None = None,           # default: a GPU where there is one
+             server: str | None = None,           # ask an OpenAI-compatible server at this URL for `model`; `adapter` then only names the run it serves
              progress: bool = True                # show a bar
              ) -> Path:
     "Ask all questions and write the responses; an interrupted run goes on where it stopped."
-    if adapter: adapter_file(adapter)
+    if adapter and not server: adapter_file(adapter)
     if samples > 1 and temperature <= 0: raise SafeEraserError(f"samples={samples} greedy responses would all be equal; set temperature > 0")
     own = settings_of(data).get("generate", {})
     max_new_tokens, batch_size = max_new_tokens or own.get("max_new_tokens", 512), batch_size or own.get("batch_size")
@@ -191,10 +192,11 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
     if out.is_dir(): raise SafeEraserError(f"{out}: is a folder; --out is a file such as responses.jsonl")
     questions = _digest(requests)
     header = {"schema_version": SCHEMA_VERSION, "model": str(model), "adapter": adapter and str(adapter), "method": method, "seed": run_seed,
-              "questions": questions, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed}
+              "questions": questions, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed} | ({"server": server} if server else {})
     part = out.with_name(out.name + ".part")
     with only_here(part), cpu_threads(1):
-        return _fill(partial(_asker, model, adapter, header, batch_size, batch_tokens, share_images, device), part, out, header, requests, progress)
+        asker = partial(_server_asker, server, str(model), header) if server else partial(_asker, model, adapter, header, batch_size, batch_tokens, share_images, device)
+        return _fill(asker, part, out, header, requests, progress)
 
 # %% ../nbs/05_generate.ipynb #cell029
 @dataclass
@@ -228,7 +230,35 @@ def _asker(model, adapter, header: dict, batch_size: int | None, batch_tokens: i
     if engine: engine.tokens_at_once = batch_tokens
     return Asker(net, encoder, engine, batch_size or (64 if engine else 16), header)
 
-# %% ../nbs/05_generate.ipynb #cell030
+# %% ../nbs/05_generate.ipynb #cell031
+@dataclass
+class ServerAsker:
+    "A model behind an OpenAI-compatible server."
+    server: object
+    header: dict
+
+    def batches(self, requests: list[Request]) -> list[list[Request]]:
+        "As many requests as keep the server busy for a while."
+        size = 4 * self.server.at_once
+        return [requests[k:k + size] for k in range(0, len(requests), size)]
+
+    def ask(self, batch: list[Request]) -> list[str]:
+        "One response for each request; raises `SafeEraserError` where the server gives none."
+        from safeeraser.server import ask_all, Call
+        h = self.header
+        calls = [Call("", r.item.question, r.item.image, h["max_new_tokens"], h["temperature"], h["top_p"] if h["temperature"] > 0 else 1.0,
+                      _row_seed(h["sampling_seed"], r.item, r.sample) % 2**31 if h["temperature"] > 0 else None) for r in batch]
+        replies = ask_all(self.server, calls, progress=False)
+        if bad := [r.problem for r in replies if r.text is None]:
+            raise SafeEraserError(f"{self.server.url}: {bad[0]}; what is done is kept, and the same command goes on from there")
+        return [r.text.strip() for r in replies]
+
+
+def _server_asker(url: str, model: str, header: dict, requests: list[Request]) -> ServerAsker:
+    from safeeraser.server import Server
+    return ServerAsker(Server(url, model, timeout=600), header)
+
+# %% ../nbs/05_generate.ipynb #cell032
 def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool) -> Path:
     method, run_seed, done = header["method"], header["seed"], resume_rows(part, header)
     key = lambda r: row_key(response_row(r, "", method, run_seed))

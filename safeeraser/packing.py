@@ -110,7 +110,7 @@ class Packer:
         ids = inputs.pop("input_ids")[0].tolist()
         if ids[len(ids) - len(first.tail):] != first.tail:
             raise CannotPack("the processor changes the text behind the image, or tokenizes it by what is before it")
-        inputs.pop("attention_mask", None)
+        for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
         per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
         return ids[:len(ids) - len(first.tail)], {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()}
 
@@ -176,7 +176,7 @@ def _packed_row(part: list, head: list[int], shared: int, image: dict, per_token
     return PackedRow(part[0][0].row.item.image_id, ids, lengths, labels, [s.row.kind for s, _ in part], [i for _, i in part], image, extended)
 
 # %% ../nbs/10_packing.ipynb #cell028
-PASS_TOKENS = 2048  # tokens of short rows that share a forward pass, padding included
+PASS_TOKENS = 1024  # tokens of short rows that share a forward pass, padding included
 
 
 def passes(rows: list[PackedRow], tokens: int = PASS_TOKENS) -> Iterator[list[PackedRow]]:

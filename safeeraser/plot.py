@@ -6,7 +6,8 @@
 __all__ = ['NAMES', 'ABOUT', 'OUTCOMES', 'BREAKDOWNS', 'TERM_NAMES', 'method_name', 'caption', 'in_order', 'results_table',
            'table_html', 'pd_table', 'method_colour', 'sarr_figure', 'tradeoff_figure', 'outcome', 'outcome_shares',
            'outcome_figure', 'breakdown', 'breakdown_figure', 'breakdown_explorer', 'training_figure', 'answers_html',
-           'explorer', 'examples_figure', 'example_pairs', 'examples_html', 'headline', 'report_figures', 'report_page']
+           'explorer', 'examples_figure', 'speed_figure', 'growth_figure', 'levers_figure', 'example_pairs',
+           'examples_html', 'headline', 'report_figures', 'report_page']
 
 # %% ../nbs/08_plot.ipynb #cell003
 import base64, html, io, json
@@ -132,10 +133,11 @@ _WIDE, _LINE = 125, 15  # characters of small print that fit into 760 pixels; pi
 
 def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", height: int = 300, **more) -> go.Figure:
     "Title, subtitle and caption around a plot of `height` pixels."
-    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 84), (subtitle, _WIDE), (below, _WIDE)))
+    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 76), (subtitle, _WIDE), (below, _WIDE)))
     panels = max((1 + a.text.count("<br>") for a in fig.layout.annotations), default=0)  # lines of their titles
     top, foot = 34 + 20 * len(heads) + 17 * (len(subs) + panels), 12 + _LINE * len(lines)
-    bottom = foot + 80  # the axis' title and the legend
+    entries = sum(getattr(t, "showlegend", False) is not False for t in fig.data)  # tables have no legend
+    bottom = foot + 80 + 20 * (entries // 7)  # the axis' title, and a legend that may take a second line
     if lines: fig.add_annotation(text="<br>".join(lines), x=0, xref="paper", xanchor="left", xshift=-50, y=0, yref="paper", yanchor="top", yshift=foot - bottom,
                                  align="left", showarrow=False, font_size=11)
     fig.update_layout(title=dict(text="<br>".join(heads), subtitle=dict(text="<br>".join(subs), font=dict(size=12, color="#7f7f7f")), font_size=16,
@@ -358,7 +360,7 @@ def _breakdown_title(found: dict[str, dict], name: str, by: str) -> str:
     apart = lambda m: max(r.value for r in found[m].values()) - min(r.value for r in found[m].values())
     if not found: return f"{MEASURES[name].title} by {by}: nothing here has been judged"
     most = max(found, key=apart)
-    if not apart(most): return f"{MEASURES[name].title} by {by}: every method has one and the same rate throughout"
+    if not apart(most): return f"{MEASURES[name].title} by {by}: {method_name(most) if len(found) == 1 else 'every method'} has one and the same rate throughout"
     lo, hi = (pick(found[most], key=lambda g: found[most][g].value) for pick in (min, max))
     return f"{MEASURES[name].title} by {by}: {method_name(most)} varies most, {100 * found[most][lo].value:.0f}% ({lo}) to {100 * found[most][hi].value:.0f}% ({hi})"
 
@@ -367,8 +369,8 @@ def breakdown_explorer(rows: list[dict],      # judged responses of several meth
                        judge: str = "exact"):
     "Dropdowns for measure, breakdown and method over a figure that follows them."
     import ipywidgets as widgets
-    methods, out = in_order(r["method"] for r in rows), widgets.Output()
-    pick = [widgets.Dropdown(description="measure", options=[(m.title, k) for k, m in MEASURES.items()], value="sarr"),
+    methods, out, asked = in_order(r["method"] for r in rows), widgets.Output(), {(r["set"], r["split"]) for r in rows}
+    pick = [widgets.Dropdown(description="measure", options=[(m.title, k) for k, m in MEASURES.items() if (m.set, m.split) in asked], value="sarr"),
             widgets.Dropdown(description="by", options=list(BREAKDOWNS), value="instruction"),
             widgets.Dropdown(description="method", options=[("all", None)] + [(method_name(m), m) for m in methods])]
     view = go.FigureWidget(breakdown_figure(rows, judge=judge))
@@ -496,7 +498,68 @@ def examples_figure(rows: list[dict],      # judged responses of several methods
     return _layout(fig, f"What each method says: {len(picked)} questions about {'safe' if set == 'decouple' else 'harmful'} images",
                    "green: the right answer; red: what was to be forgotten; no colour: neither, or not judged", caption(methods), 60 + 60 * len(picked))
 
-# %% ../nbs/08_plot.ipynb #cell117
+# %% ../nbs/08_plot.ipynb #cell118
+_BASELINES = {"published": ("over the published loop", "#0072B2"), "unpacked": ("packing alone", "#56B4E9")}
+
+
+def _measured(rows: list[dict]) -> dict: return dict(type="data", symmetric=False, array=[r["ratio_max"] - r["ratio"] for r in rows],
+                                                    arrayminus=[r["ratio"] - r["ratio_min"] for r in rows], color="#7f7f7f")
+
+# %% ../nbs/08_plot.ipynb #cell119
+def speed_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
+                 ) -> go.Figure:
+    "How many times faster training is, by method and length of answers, beside the token limit."
+    rows = [r for r in bench["rows"] if r["work"] == "train" and r["records_per_safe_image"] == 1]
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    fig = make_subplots(1, len(methods), shared_yaxes=True, horizontal_spacing=.03, subplot_titles=[method_name(m) for m in methods])
+    for column, method in enumerate(methods, 1):
+        of = {b: [r for r in rows if (r["method"], r["baseline"]) == (method, b)] for b in _BASELINES}
+        for base, (says, colour) in _BASELINES.items():
+            fig.add_bar(x=[str(r["mean_answer_tokens"]) for r in of[base]], y=[r["ratio"] for r in of[base]], error_y=_measured(of[base]), name=says,
+                        marker_color=colour, legendgroup=base, showlegend=column == 1, row=1, col=column)
+        fig.add_scatter(x=[str(r["mean_answer_tokens"]) for r in of["published"]], y=[r["token_limit"] for r in of["published"]], mode="markers", name="token limit",
+                        marker=dict(symbol="line-ew-open", size=46, color="#D55E00", line_width=3), legendgroup="limit", showlegend=column == 1, row=1, col=column)
+    fig.update_xaxes(title="tokens of an answer, on average").update_yaxes(title="times as fast", col=1)
+    return _layout(fig, _speed_title(rows), below="Bars: median of 5 alternating measurements, from the smallest to the largest.", barmode="group")
+
+
+def _speed_title(rows: list[dict]) -> str:
+    whole, alone = ([r for r in rows if r["baseline"] == b] for b in _BASELINES)
+    reached = [100 * r["ratio"] / r["token_limit"] for r in alone]
+    return f"Training is {min(r['ratio'] for r in whole):.1f} to {max(r['ratio'] for r in whole):.1f} times as fast as the published loop; packing alone reaches {_span(reached)} of what is possible"
+
+# %% ../nbs/08_plot.ipynb #cell123
+def growth_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
+                  ) -> go.Figure:
+    "Cost of a question by the number of questions that share its image, beside the token count."
+    found, fig = bench["growth"], go.Figure()
+    x = [g["questions"] for g in found]
+    cost = lambda key: [100 / g[key] for g in found]
+    fig.add_scatter(x=x + x[::-1], y=cost("ratio_max") + cost("ratio_min")[::-1], fill="toself", fillcolor="rgba(0,114,178,.2)", line_width=0, hoverinfo="skip", showlegend=False)
+    fig.add_scatter(x=x, y=cost("ratio"), name="measured", mode="lines+markers", line_color="#0072B2")
+    fig.add_scatter(x=x, y=cost("token_limit"), name="token count", mode="lines", line=dict(color="#D55E00", dash="dash"))
+    fig.update_xaxes(title="questions about an image", type="log", tickvals=x).update_yaxes(title="cost of a question, % of alone", rangemode="tozero")
+    return _layout(fig, f"With {x[-1]} questions an image, a question costs {cost('ratio')[-1]:.0f}% of what it costs alone (by its tokens: {cost('token_limit')[-1]:.0f}%)")
+
+# %% ../nbs/08_plot.ipynb #cell127
+def levers_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
+                  ) -> go.Figure:
+    "Time and memory of a training step as one lever after another is pulled, relative to the published loop."
+    methods = list(dict.fromkeys(r["method"] for r in bench["levers"]))
+    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=.04, subplot_titles=["time, % of the published loop", "peak memory, %"])
+    for method in methods:
+        rows = [r for r in bench["levers"] if r["method"] == method][::-1]  # the first on top
+        for column, values in enumerate(([100 / r["ratio"] for r in rows], [100 * r["peak_memory_ratio"] for r in rows]), 1):
+            fig.add_bar(y=[_lever_name(r["lever"]) for r in rows], x=values, orientation="h", name=method_name(method), marker_color=method_colour(method), legendgroup=method,
+                        showlegend=column == 1, text=[f"{v:.0f}" for v in values], textposition="outside", cliponaxis=False, row=1, col=column)
+    last = {m: [r for r in bench["levers"] if r["method"] == m][-1] for m in methods}
+    return _layout(fig, "Sharing images takes most of the time away: " + ", ".join(f"{method_name(m)} is left with {100 / r['ratio']:.0f}%" for m, r in last.items()),
+                   below="Each bar has all changes above it too. Answers of 100 tokens on average. Memory: the whole process's, above what its imports take.", barmode="group")
+
+
+def _lever_name(lever: str) -> str: return lever if lever == "published" else f"+ {lever}"
+
+# %% ../nbs/08_plot.ipynb #cell131
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -509,7 +572,7 @@ summary { cursor: pointer; } small { opacity: .7; }
 """
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-# %% ../nbs/08_plot.ipynb #cell119
+# %% ../nbs/08_plot.ipynb #cell133
 def example_pairs(rows: list[dict],   # responses of several methods
                   n: int = 6          # at most so many
                   ) -> list[tuple[list[dict], list[dict]]]:
@@ -524,14 +587,14 @@ def example_pairs(rows: list[dict],   # responses of several methods
     pairs = [(a, b) for q in forget if q in safe for a, b in zip(forget[q].values(), safe[q].values())]
     return pairs[::max(1, len(pairs) // n)][:n]
 
-# %% ../nbs/08_plot.ipynb #cell122
+# %% ../nbs/08_plot.ipynb #cell136
 def _example_half(rows: list[dict], image: Path | None) -> str:
     hide, order = rows[0]["set"] == "forget", in_order(r["method"] for r in rows)
     picture = f'<img alt="" src="{_data_url(image)}">' if image else "<small>image not at hand</small>"
     said = "".join(f"<tr><td>{html.escape(method_name(r['method']))}</td><td>{_said(r['response'])}</td></tr>" for r in sorted(rows, key=lambda r: order.index(r["method"])))
     return f"<div><b>{_SETS[rows[0]['set']]}</b>{_hidden(f'{picture}<table>{said}</table>', hide)}</div>"
 
-# %% ../nbs/08_plot.ipynb #cell123
+# %% ../nbs/08_plot.ipynb #cell137
 def examples_html(sources: list  # `Source`s, see `load_sources`
                   ) -> str:
     "The same words about a hazard and about a harmless object, collapsed."
@@ -542,7 +605,7 @@ def examples_html(sources: list  # `Source`s, see `load_sources`
                          f'<div class="pair">{_example_half(forget, source.image(forget[0]))}{_example_half(safe, source.image(safe[0]))}</div></details>')
     return "".join(parts)
 
-# %% ../nbs/08_plot.ipynb #cell127
+# %% ../nbs/08_plot.ipynb #cell141
 def headline(results: dict  # the object of `results.json`
              ) -> str:
     "The finding in a sentence or two."
@@ -553,7 +616,7 @@ def headline(results: dict  # the object of `results.json`
     return (f"After unlearning, {_span([v for m, v in level.items() if m not in with_pd])} of harmless questions that use the same words go unanswered; "
             f"with prompt decoupling {' and '.join(_extremes(with_pd))}. {_still_told(rows, list(level))}. Whether the answers are also right is another column.")
 
-# %% ../nbs/08_plot.ipynb #cell131
+# %% ../nbs/08_plot.ipynb #cell145
 def report_figures(results: dict,       # the object of `results.json`
                    sources: list = (),  # `Source`s, for figures that need single responses or training records
                    judge: str = "exact") -> list[go.Figure]:
@@ -565,13 +628,13 @@ def report_figures(results: dict,       # the object of `results.json`
         figures += [outcome_figure(rows, judge), breakdown_figure(rows, judge=judge), examples_figure(rows, judge=judge)]
     return [f for f in figures + [training_figure(runs[m]) for m in in_order(runs)] if any(len(t.x) if hasattr(t, "x") else True for t in f.data)]
 
-# %% ../nbs/08_plot.ipynb #cell132
+# %% ../nbs/08_plot.ipynb #cell146
 def _agreement_html(found: dict[str, dict]) -> str:
     kappa = lambda a: "" if a["kappa"] is None else f", kappa {a['kappa']:.3f}"
     lines = [f"<li>rule judge against exact judge, {html.escape(q)}: the same on {100 * a['agree']:.1f}% of {a['n']:,} responses{kappa(a)}</li>" for q, a in found.items()]
     return f"<h2>How far the judges agree</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
-# %% ../nbs/08_plot.ipynb #cell135
+# %% ../nbs/08_plot.ipynb #cell149
 def report_page(results: dict,        # the object of `results.json`
                 sources: list = (),   # `Source`s, for figures and examples that need single responses
                 judge: str = "exact"  # whose verdicts single responses are judged by

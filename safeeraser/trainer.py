@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'UnlearnConfig', 'Predictions', 'packed_predictions', 'predict', 'rows_of', 'ask_vanilla', 'batch_tokens',
-           'context_length', 'choose_packing', 'check_rows', 'one_batch_a_step', 'silent', 'UnlearnTrainer', 'Guard',
-           'ProgressBar', 'GracefulStop', 'last_checkpoint', 'recommended_settings', 'check_settings', 'make_config',
-           'probe', 'plan_text', 'make_trainable', 'unlearn', 'save_trained', 'save_model']
+           'context_length', 'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent',
+           'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'last_checkpoint', 'recommended_settings',
+           'check_settings', 'make_config', 'probe', 'plan_text', 'make_trainable', 'unlearn', 'save_trained',
+           'save_model']
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import copy, difflib, json, os, shutil, signal, threading, time
@@ -40,6 +41,7 @@ class UnlearnConfig(TrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input, 0 to 1"})
     packing: str = field(default="auto", metadata={"help": "auto: share image prefixes where a check finds it exact; split, flex, dense: by this route; off: a row a question"})
     pack_row_tokens: int = field(default=3072, metadata={"help": "tokens of a packed row; an image whose rows are longer together is encoded more than once"})
+    group_images: bool | None = field(default=None, metadata={"help": "all questions about an image in one step, so that they can share it; default: where the image is most of a row"})
     vision_cache_gib: float = field(default=4.0, metadata={"help": "memory for the frozen vision tower's outputs, computed once an image; 0: computed every time"})
     vision_cache_dir: str | None = field(default=None, metadata={"help": "folder for those that do not fit"})
     reference_cache_gib: float = field(default=0.0, metadata={"help": "memory for the vanilla model's final hidden states, kept from one epoch to the next; 0: computed every time"})
@@ -103,11 +105,11 @@ def predict(model, batch: dict, route: str | None = None) -> Predictions:
 
 # %% ../nbs/04_trainer.ipynb #cell012
 def rows_of(batch: dict, kinds: tuple[str, ...]) -> dict:
-    "A plain batch's rows of some kinds: its first row where there are none, since ranks wait for each other; all where inputs can't be cut by rows."
+    "A plain batch's rows of some kinds, one at least, since ranks wait for each other's passes; all rows where an input has no entry a row."
     inputs = {k: v for k, v in batch.items() if k != "n_items"}
-    if any(len(v) != len(batch["kind"]) for v in inputs.values()): return inputs  # Qwen and InternVL lay all images' patches end to end
     rows = torch.isin(batch["kind"], torch.tensor([KINDS.index(k) for k in kinds], device=batch["kind"].device))
     if not rows.any(): rows[0] = True
+    if any(len(v) != len(rows) for v in inputs.values()): return inputs  # Qwen and InternVL lay all images' patches end to end
     return {k: v[rows] for k, v in inputs.items()}
 
 
@@ -157,7 +159,14 @@ def check_rows(dataset: SlotDataset) -> list[Row]:
     about = lambda items: [i for i, item in enumerate(items) if item.image == sets.forget[0].image][:3]
     return [r for n, k in enumerate(about(sets.forget)) for r in dataset[Slot(k, tuple(about(sets.retain)) if n == 0 else ())]]
 
-# %% ../nbs/04_trainer.ipynb #cell021
+# %% ../nbs/04_trainer.ipynb #cell022
+def mostly_image(encoder: Encoder, rows: list[Row]) -> bool:
+    "Whether two thirds of a row's tokens, or more, are in front of what differs between questions about one image."
+    packed = Packer(encoder).pack(rows)
+    prefix, own = sum(r.lengths[0] * len(r.items) for r in packed), sum(sum(r.lengths[1:]) for r in packed)
+    return prefix >= 2 * own
+
+# %% ../nbs/04_trainer.ipynb #cell024
 def one_batch_a_step(args: UnlearnConfig) -> UnlearnConfig:
     "The settings with accumulation folded into the batch size: the same items a step."
     args = copy.copy(args)
@@ -170,7 +179,7 @@ def silent(batch: dict) -> dict:
     reference = batch["reference"] and silent(batch["reference"])
     return batch | {"labels": torch.full_like(batch["labels"], -100), "n_items": torch.zeros_like(batch["n_items"]), "reference": reference}
 
-# %% ../nbs/04_trainer.ipynb #cell023
+# %% ../nbs/04_trainer.ipynb #cell026
 class UnlearnTrainer(Trainer):
     "A `Trainer` of slots: any `Objective`, gradients independent of how a step is split."
     def __init__(self, model,                         # a PEFT model, see `add_adapter`
@@ -182,11 +191,15 @@ class UnlearnTrainer(Trainer):
         self.objective = objective or parse_objective(args.method)
         if "retain" in self.objective.kinds and not sets.retain:
             raise SafeEraserError(f"method {args.method!r} has a retain term, but the data has no harmless pair (UnharmPair_*)")
+        if "decouple" in self.objective.kinds and not sets.decouple:
+            raise SafeEraserError(f"method {args.method!r} has a prompt-decouple term, but the data has no safe images (SDImage_path)")
+        if not sets.forget: raise SafeEraserError("the data has no unsafe question; there is nothing to forget")
         encoder = Encoder(processor, args.max_length or context_length(model))
         encoder.check_longest([r for k in range(len(sets.forget)) for r in SlotDataset(sets, refusals)[k]])
         self.shares, self.n_steps, self.forget_ce, self.stopped = {}, 0, torch.zeros(()), None
         dataset = SlotDataset(sets, refusals, self.objective.kinds)
         self.packing = choose_packing(model, args, encoder, dataset)
+        self.grouped = bool(self.packing.route) and (mostly_image(encoder, check_rows(dataset)) if args.group_images is None else args.group_images)
         collator = Collator(encoder)
         if self.packing.route:
             args = one_batch_a_step(args)
@@ -202,7 +215,7 @@ class UnlearnTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> SlotSampler:
         data, args = self.train_dataset, self.args
-        return SlotSampler(data.sets, len(data.refusals), args.seed, args.train_batch_size * args.world_size, together=bool(self.packing.route))
+        return SlotSampler(data.sets, len(data.refusals), args.seed, args.train_batch_size * args.world_size, together=self.grouped)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -263,7 +276,7 @@ class UnlearnTrainer(Trainer):
         if self.args.should_save:
             (Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"/COMPLETE).touch()
 
-# %% ../nbs/04_trainer.ipynb #cell025
+# %% ../nbs/04_trainer.ipynb #cell028
 class Guard(TrainerCallback):
     "Ends training before an update that should not be made."
     def __init__(self, trainer: UnlearnTrainer): self.trainer = trainer
@@ -281,7 +294,7 @@ class Guard(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)  # an optimizer passes over weights that have no gradient
             control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell026
+# %% ../nbs/04_trainer.ipynb #cell029
 class ProgressBar(ProgressCallback):
     "The Trainer's bar, with the terms beside it instead of a line for every log."
     def on_train_begin(self, args, state, control, **kwargs):
@@ -294,7 +307,7 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_postfix({k: f"{v:.2f}" for k, v in (logs or {}).items() if isinstance(v, float) and k not in ("grad_norm", "learning_rate", "epoch")})
 
-# %% ../nbs/04_trainer.ipynb #cell028
+# %% ../nbs/04_trainer.ipynb #cell031
 class GracefulStop(TrainerCallback):
     "Turns an interrupt into: finish this step, write a checkpoint, stop."
     def __init__(self): self.asked = False
@@ -316,7 +329,7 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell033
+# %% ../nbs/04_trainer.ipynb #cell036
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
 _RUN_KEYS = ("method", "objective", "model", "data", "settings")
 
@@ -335,7 +348,7 @@ def recommended_settings(data: str | Path, objective: Objective) -> dict:
     found = settings_of(data).get("unlearn", {})
     return found.get(forget, found.get("default", {}))
 
-# %% ../nbs/04_trainer.ipynb #cell034
+# %% ../nbs/04_trainer.ipynb #cell037
 def check_settings(settings: dict):
     "Raise `SafeEraserError` for a name that `UnlearnConfig` does not know, or a text where a number belongs."
     known = {f.name: f.default for f in fields(UnlearnConfig) if f.init}
@@ -353,7 +366,7 @@ def make_config(folder: Path, **settings) -> UnlearnConfig:
     except SafeEraserError: raise
     except (ValueError, TypeError) as e: raise SafeEraserError(f"settings: {str(e).strip().splitlines()[0]}") from None
 
-# %% ../nbs/04_trainer.ipynb #cell036
+# %% ../nbs/04_trainer.ipynb #cell039
 def probe(trainer: UnlearnTrainer) -> dict:
     "Seconds and peak GiB (on a GPU) of one optimizer step on the longest rows; leaves weights and random state as they were."
     data, args, cuda = trainer.train_dataset, trainer.args, torch.cuda.is_available() and not trainer.args.use_cpu
@@ -371,7 +384,7 @@ def probe(trainer: UnlearnTrainer) -> dict:
     seconds = (time.perf_counter() - start) * args.gradient_accumulation_steps
     return {"seconds_per_step": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
 
-# %% ../nbs/04_trainer.ipynb #cell037
+# %% ../nbs/04_trainer.ipynb #cell040
 def plan_text(trainer: UnlearnTrainer) -> str:
     "What a run will do, how long it will take and how much memory it needs, in a line."
     data, args, cost = trainer.train_dataset.sets, trainer.args, probe(trainer)
@@ -383,7 +396,7 @@ def plan_text(trainer: UnlearnTrainer) -> str:
             f"{steps} steps of {batch}, about {minutes:.0f} minutes{memory}" if minutes >= 1 else
             f"{args.method}: {len(data.forget)} forget items; {steps} steps of {batch}, less than a minute or so{memory}")
 
-# %% ../nbs/04_trainer.ipynb #cell040
+# %% ../nbs/04_trainer.ipynb #cell043
 def make_trainable(model: torch.nn.Module, args: UnlearnConfig, objective: Objective) -> torch.nn.Module:
     "The model as `args.tuning` trains it; raises `SafeEraserError` where the objective wants a reference that nothing keeps."
     if args.tuning != "full": return add_adapter(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed, args.projector)
@@ -393,7 +406,7 @@ def make_trainable(model: torch.nn.Module, args: UnlearnConfig, objective: Objec
                               f"set reference_copy=true to keep a frozen copy ({gib:.1f} GiB more), or take tuning='lora'")
     return train_whole(model, args.reference_copy and bool(objective.reference_kinds))
 
-# %% ../nbs/04_trainer.ipynb #cell042
+# %% ../nbs/04_trainer.ipynb #cell045
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
             data: str | Path,            # the folder that holds `all_train.json`
             out: str | Path,             # the run folder to write
@@ -420,7 +433,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
             with only_here(out): return _train(trainer, out, record)
         return _train(trainer, out, record)
 
-# %% ../nbs/04_trainer.ipynb #cell043
+# %% ../nbs/04_trainer.ipynb #cell046
 def _memory_settings(args: UnlearnConfig) -> str:
     return (f"pack_row_tokens (now {args.pack_row_tokens}) or, where rows are not packed, per_device_train_batch_size "
             f"(now {args.per_device_train_batch_size}; raise gradient_accumulation_steps to match), or set gradient_checkpointing=true")
@@ -429,7 +442,7 @@ def _memory_settings(args: UnlearnConfig) -> str:
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-               "packing": vars(trainer.packing), "environment": environment()}
+               "packing": vars(trainer.packing) | {"images_grouped": trainer.grouped}, "environment": environment()}
     if first: _write_record(out, record | {"finished": False})
     trainer.add_callback(stop)
     with stop.listening(): result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
@@ -441,7 +454,7 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
         _write_record(out, record)
     return record
 
-# %% ../nbs/04_trainer.ipynb #cell044
+# %% ../nbs/04_trainer.ipynb #cell047
 def save_trained(trained,           # a PEFT model, or one trained whole
                  out: Path,         # folder
                  source: str,       # where the vanilla model came from
@@ -464,7 +477,7 @@ def save_model(model: torch.nn.Module, out: Path, source: str | Path, identity: 
     copy_processor(source, out)
     (out/"safeeraser.json").write_text(json.dumps(identity, indent=1) + "\n")
 
-# %% ../nbs/04_trainer.ipynb #cell045
+# %% ../nbs/04_trainer.ipynb #cell048
 def _earlier_run(out: Path, record: dict) -> dict | None:
     "The record of the run that is in `out` already; raises where it was another one."
     file = out/"run.json"
@@ -476,5 +489,5 @@ def _earlier_run(out: Path, record: dict) -> dict | None:
             raise SafeEraserError(f"{out} holds another run ({key} was {before.get(key)!r}, now {record[key]!r}); name another --out folder")
     return before
 
-# %% ../nbs/04_trainer.ipynb #cell046
+# %% ../nbs/04_trainer.ipynb #cell049
 def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")

@@ -141,7 +141,7 @@ FAMILIES = {
     "qwen2_vl": qwen("Qwen2VL", dict(embed_dim=16, hidden_size=32, mlp_ratio=2)),
     "qwen2_5_vl": qwen("Qwen2_5_VL", dict(hidden_size=16, intermediate_size=32, out_hidden_size=32, window_size=SIDE, fullatt_block_indexes=[1])),
     "qwen3_vl": qwen("Qwen3VL", dict(depth=3, hidden_size=16, intermediate_size=32, out_hidden_size=32, num_position_embeddings=64,
-                                     deepstack_visual_indexes=[0, 1]), patch=16, text=dict(head_dim=8), rope=dict(mrope_interleaved=True),
+                                     deepstack_visual_indexes=[0, 1]), patch=16, text=dict(head_dim=8, num_hidden_layers=3), rope=dict(mrope_interleaved=True),
                      projector=("visual.merger", "visual.deepstack_merger_list.0", "visual.deepstack_merger_list.1")),
     "gemma3": Family("Gemma3", dict(vision_config=SIGLIP, mm_tokens_per_image=4, boi_token_id=ID["<boi>"], eoi_token_id=ID["<eoi>"],
                                     text_config=text("gemma3_text", head_dim=8, num_hidden_layers=3, query_pre_attn_scalar=8, sliding_window=12,

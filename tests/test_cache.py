@@ -62,6 +62,17 @@ def test_another_model_s_features_are_not_used(tiny, tmp_path):
     assert kept.computed == 0
 
 
+def test_another_model_s_reference_is_not_used(tiny, tmp_path):
+    settings = dict(logging_steps=1, reference_cache_gib=1e-6, reference_cache_dir=str(tmp_path / "r"), **SMALL)
+    unlearn(tiny.model, tiny.data, tmp_path / "first", "kl+pd", **settings)
+    model, processor = load_model(tiny.model, "cpu")
+    with torch.no_grad(): next(model.model.language_model.layers[0].parameters()).mul_(1.5)
+    for part in (model, processor): part.save_pretrained(tmp_path / "model")
+    found = losses(unlearn(tmp_path / "model", tiny.data, tmp_path / "second", "kl+pd", **settings))
+    assert found == pytest.approx(losses(unlearn(tmp_path / "model", tiny.data, tmp_path / "plain", "kl+pd", logging_steps=1, **SMALL)), abs=1e-4)
+    assert len(list((tmp_path / "r").iterdir())) == 2
+
+
 @pytest.mark.parametrize("harm", ["cut", "empty", "other"])
 def test_a_broken_file_is_computed_anew(harm, tiny, tmp_path):
     model, batch = pixels_and_model(tiny)

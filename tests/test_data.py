@@ -36,7 +36,7 @@ def test_round_trip():
 
 @pytest.mark.parametrize("change, problem", [
     ({"unsafe_pairs": None}, "record 1, unsafe_pairs: a non-empty list"),
-    ({"unsafe_pairs": []}, "record 1, unsafe_pairs: a non-empty list"),
+    ({"unsafe_pairs": [], "UnharmPair_text1": {}}, "record 1, unsafe_pairs: a non-empty list"),
     ({"unsafe_pairs": ["q"]}, r"record 1, unsafe_pairs\[0\]: an object"),
     ({"unsafe_pairs": [{"question": " ", "model_response": "a", "sd_response": "s"}]}, r"record 1, unsafe_pairs\[0\].question: a non-empty text"),
     ({"unsafe_pairs": [{"question": "q", "model_response": 7, "sd_response": "s"}]}, r"unsafe_pairs\[0\].model_response: .*found 7"),

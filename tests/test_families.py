@@ -1,6 +1,7 @@
 """Every family of vision-language models: its parts are found, its adapter holds what it should, and packed rows equal separate ones."""
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from PIL import Image
 
 from safeeraser import trainer
+from safeeraser.cache import VisionCache
 from safeeraser.data import Collator, Encoder, Item, KINDS, parse_record, Place, Row, SafeEraserError, Sets, Slot, SlotDataset
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, anatomy, load_adapter, vanilla
@@ -21,10 +23,9 @@ ASK = ["what is this thing in the picture", "how could one hide it", "what is th
 SAY = ["put it under the box", "a ring", "take a red ball and hide it in the box", "left"]
 
 
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
+def make_sets(root):
     "Two harmful images with three forget and two retain items each, and their safe partners, one of another size."
-    root, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
+    rng = random.Random(0)
     def picture(name, width=112):
         Image.frombytes("RGB", (width, 56), rng.randbytes(3 * width * 56)).save(root / name)
         return name
@@ -37,6 +38,10 @@ def sets(tmp_path_factory):
             made.decouple.append(item("decouple", safe, q, "it looks nice"))
         made.retain.extend(item("retain", harmful, q, "a blue " + a) for q, a in zip(ASK[2:], SAY[k:]))
     return made
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory): return make_sets(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,16 @@ def test_vanilla_is_the_pristine_model_and_the_adapter_comes_back(name, built, s
     assert torch.equal(logits(load_adapter(copy.deepcopy(built(name)), tmp_path)), logits(model))
     plain = PeftModel.from_pretrained(copy.deepcopy(built(name)), str(tmp_path))
     assert torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kept_features_change_nothing(name, built, sets):
+    model, inputs = adapted(built, name).eval(), Encoder(FAMILIES[name].make_processor()).rows(sum(rows(sets), [])[:6])
+    del inputs["labels"]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with VisionCache(model): found = [model(**inputs).logits for _ in range(2)]
+    for logits in found: assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def separate(model, encoder, rows):
@@ -170,6 +185,29 @@ def test_verdict(name, built, sets):
         assert verdict.route or verdict.why and "\n" not in verdict.why
 
 
+def test_an_answer_is_not_seen_before_it_is_given(built, sets):
+    "PaliGemma's prompt is read in both directions; an answer's tokens must only see what is before them."
+    processor, model = FAMILIES["paligemma"].make_processor(), built("paligemma")
+    encoder, tok = Encoder(processor), processor.tokenizer
+    row = rows(sets)[0][0]
+    batch = encoder.rows([row, replace(row, live=False)])
+    assert (batch["labels"][1] == -100).all()
+    labelled = batch["labels"][0] != -100
+    assert tok.decode(batch["labels"][0][labelled]) == f"{row.answer} {tok.eos_token}"
+    own = {k: v[:1] for k, v in batch.items() if k != "labels"}
+    last = labelled.nonzero()[-1].item()
+    other = own | {"input_ids": own["input_ids"].clone()}
+    other["input_ids"][0, last] = tok.convert_tokens_to_ids("box")
+    with torch.no_grad(): first, second = (model(**x).logits[0, :last] for x in (own, other))
+    assert torch.allclose(first, second, atol=1e-5)
+    assert "labels" not in encoder.prompts([row.item])
+
+
+def test_a_template_that_writes_two_images_for_one_is_refused():
+    with pytest.raises(SafeEraserError, match="<image> 2 times for one image"):
+        Encoder(FAMILIES["llava"].make_processor(template("<image><image>")))
+
+
 def test_a_prefix_that_looks_at_the_question_is_said_to(built, sets):
     verdict = check_packing(built("paligemma"), Encoder(FAMILIES["paligemma"].make_processor()), rows(sets)[0])
     assert verdict.route is None and verdict.why.startswith("tokens look at what comes behind them; dense: log-probabilities")
@@ -181,46 +219,6 @@ def test_a_kernel_without_a_mask_is_refused_where_a_longer_row_would_need_one(se
     model, encoder = family.make_model(), Encoder(family.make_processor())
     assert check_packing(model, encoder, rows(sets)[0], ("split",)).why == "split: some layers look back over a window shorter than 512 tokens"
     assert check_packing(model, encoder, rows(sets)[0]).route == "dense"
-
-
-def test_paligemma_reads_its_prompt_whole_and_its_answer_word_by_word(built, sets):
-    "One row's log-probabilities are those of the model asked for a word at a time; prompts carry no labels."
-    processor, model, row = FAMILIES["paligemma"].make_processor(), built("paligemma"), rows(sets)[0][0]
-    encoder = Encoder(processor)
-    batch, prompt = encoder.rows([row]), encoder.prompts([row.item])
-    assert "labels" not in prompt
-    at = batch["labels"][0] != -100
-    n, start = int(at.sum()), int(at.nonzero()[0])
-    assert processor.tokenizer.decode(batch["labels"][0][at]) == row.answer + " </s>" and at[start:].all()
-    assert torch.equal(batch["input_ids"][0, :start], prompt["input_ids"][0])
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        found = model(**batch).logits[0, start - 1:-1]
-        for k in range(n):
-            ids = torch.cat([prompt["input_ids"], labels[:, start:start + k]], 1)
-            kind = torch.cat([torch.zeros_like(prompt["input_ids"]), torch.ones_like(labels[:, start:start + k])], 1)
-            alone = model(input_ids=ids, token_type_ids=kind, attention_mask=torch.ones_like(ids), pixel_values=prompt["pixel_values"]).logits[0, -1]
-            torch.testing.assert_close(found[k], alone, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_template_with_another_number_of_images_than_one_is_refused(name):
-    family = FAMILIES[name]
-    for image, n in ((family.image * 2, 2), ("", 0)):
-        with pytest.raises(SafeEraserError, match=f"the chat template writes {n} image placeholders"): Encoder(family.make_processor(template(image)))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_unpacked_batch_asks_the_vanilla_model_about_the_right_rows(name, built, sets):
-    "Whether or not the rows can be picked out of the batch."
-    model, encoder = adapted(built, name), Encoder(FAMILIES[name].make_processor())
-    batch = Collator(encoder)(rows(sets))
-    with torch.no_grad():
-        found = trainer.ask_vanilla(model, batch, parse_objective("kl+pd"))
-        with vanilla(model): everything = trainer.predict(model, batch)
-    retain = KINDS.index("retain")
-    torch.testing.assert_close(found.log_probs[found.kind == retain], everything.log_probs[everything.kind == retain], atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.item[found.kind == retain], everything.item[everything.kind == retain])
 
 
 def test_image_tokens_that_see_each_other_need_the_mask(built, sets):

@@ -1,6 +1,8 @@
 """One packed step is the step of separate rows: losses, gradients, whatever the route and however rows are cut."""
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safeeraser.data import KINDS, Collator, Encoder, Row, SafeEraserError, Slot
 from safeeraser.loss import METHODS, parse_objective
 from safeeraser.model import add_adapter, load_model
 from safeeraser.packing import PackedCollator, Packer, check_packing, only, own_positions, packing_mask, passes, segment_numbers, stack_rows, use_route
-from safeeraser.trainer import UnlearnConfig, UnlearnTrainer, batch_tokens, silent, unlearn
+from safeeraser.trainer import UnlearnConfig, UnlearnTrainer, batch_tokens, check_rows, mostly_image, silent, unlearn
 
 SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd"]
 
@@ -81,6 +83,20 @@ def test_gradient_checkpointing_changes_nothing(jittered, tiny):
         model.gradient_checkpointing_disable()
 
 
+@pytest.mark.parametrize("route", ["dense", "split"])
+def test_bfloat16_packs_as_far_as_it_can_tell(route, tiny):
+    model, processor = load_model(tiny.model, "cpu", torch.bfloat16)
+    adapted, encoder = add_adapter(model, 4, 8, 0.0), Encoder(processor)
+    rows = [r for s in slots_of(tiny, ("forget", "retain")) for r in s]
+    found = check_packing(adapted, encoder, rows, (route,))
+    assert model.dtype == torch.bfloat16 and found.route == route and found.difference < .06
+    batch = PackedCollator(Packer(encoder))(slots_of(tiny, ("forget", "retain")))
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    with torch.autocast("cpu", torch.bfloat16): loss, gradient = step(adapted, batch, parse_objective("gd"), route)
+    assert torch.tensor(loss).isfinite() and all(g.isfinite().all() for g in gradient.values())
+
+
 def test_segments_see_what_a_row_of_its_own_would_see():
     "Against a mask written token by token."
     lengths, window = [5, 3, 1, 4], 4
@@ -141,6 +157,32 @@ def test_the_composition_of_steps_is_recorded(tiny, tmp_path):
     for half in (steps[:len(steps) // 2], steps[len(steps) // 2:]):
         shown = lambda kind: sum(row.get(kind, 0) for s in half for row in s["rows"])
         assert (shown("forget"), shown("decouple"), shown("retain")) == (len(sets.forget), len(sets.decouple), 2 * len(sets.retain))
+
+
+def test_images_are_grouped_where_they_are_most_of_a_row(tiny, tmp_path):
+    _, processor = load_model(tiny.model, "cpu")
+    encoder, rows = Encoder(processor), check_rows(SlotDataset(load_sets(tiny.data), ["no"]))
+    row = Packer(encoder).pack(rows)[0]
+    own = sum(row.lengths[1:]) / len(row.items)
+    assert not mostly_image(encoder, rows) and row.lengths[0] < 2 * own  # the tiny image has 16 tokens
+    longer = "so " * 200
+    assert not mostly_image(encoder, [replace(r, answer=longer) for r in rows])
+    settings = dict(seed=1, progress=False, max_steps=1, lora_r=4, use_cpu=True, save_strategy="no", per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    for asked, grouped in ((None, False), (True, True), (False, False)):
+        out = tmp_path / str(asked)
+        record = unlearn(tiny.model, tiny.data, out, "ga", group_images=asked, **settings)
+        rows = json.loads((out / "checkpoints" / "composition.jsonl").read_text().splitlines()[0])["rows"]
+        assert record["packing"]["images_grouped"] is grouped
+        assert len(rows) == (1 if grouped else 3)  # of the three images, four questions each
+    assert unlearn(tiny.model, tiny.data, tmp_path / "off", "ga", packing="off", group_images=True, **settings)["packing"]["images_grouped"] is False
+
+
+def test_an_image_of_many_tokens_is_most_of_a_row(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    from shape import build_processor, make_records, SHAPES
+    for mean, most in ((30, True), (100, True), (600, False)):
+        rows = make_records(tmp_path, SHAPES["cpu"], mean)[0].forget
+        assert mostly_image(Encoder(build_processor(SHAPES["cpu"])), rows) is most
 
 
 def test_off_and_named_routes(tiny, tmp_path):

@@ -80,7 +80,7 @@ def naive_gradient(tiny, method, items):
 @pytest.mark.parametrize("method", ["ga+pd", "gd+pd", "po"])
 def test_gradient_is_that_of_single_rows(method, tiny, tmp_path):
     sets, refusals = load_sets(tiny.data), load_refusals(tiny.data)
-    plan = epoch_plan([i.image_id for i in sets.forget], [i.image_id for i in sets.retain], len(refusals), UnlearnConfig.seed, epoch=0, together=True)
+    plan = epoch_plan([i.image_id for i in sets.forget], [i.image_id for i in sets.retain], len(refusals), UnlearnConfig.seed, epoch=0)
     expected = naive_gradient(tiny, method, [SlotDataset(sets, refusals)[s] for s in plan[:8]])
     assert_same(expected, gradients(tiny, tmp_path, method, 4, 2)[0])
 
