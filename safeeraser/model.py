@@ -44,6 +44,8 @@ def load_model(source: str | Path,           # a model folder, or a name on the 
     except (OSError, ValueError, KeyError, ImportError) as e:
         reason = str(e).strip().splitlines()[0]
         raise SafeEraserError(f"{source}: cannot be loaded as a vision-language model with its processor ({reason:.200})") from None
+    for layer in model.modules():  # bitsandbytes' CPU kernel repacks weights in place, in a form that cannot be trained on
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
     if four_bit: return model.eval(), processor
     if dtype == "auto" and model.dtype == torch.float16: model = model.to(torch.bfloat16)
     return model.to(device).eval(), processor
