@@ -473,7 +473,8 @@ def save_trained(trained,           # a PEFT model, or one trained whole
 
 def save_model(model: torch.nn.Module, out: Path, source: str | Path, identity: dict):
     "Write a plain model, in the precision it was loaded in, with the vanilla model's processor and `safeeraser.json`."
-    model.to(model.config.dtype or torch.float32).save_pretrained(out)
+    dtype = str(model.config.dtype or "float32").removeprefix("torch.")  # a name, once a checkpoint has been written
+    model.to(getattr(torch, dtype)).save_pretrained(out)
     copy_processor(source, out)
     (out/"safeeraser.json").write_text(json.dumps(identity, indent=1) + "\n")
 
