@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Data', 'Url', 'data_app', 'Source', 'Harmless', 'Column', 'NewData', 'NewSplit', 'NewModel', 'demo',
            'world', 'unlearn', 'generate', 'check_packing_command', 'judge', 'report', 'demo_command', 'check',
-           'convert', 'make_answers', 'merge', 'import_checkpoint', 'main']
+           'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'main']
 
 # %% ../nbs/09_cli.ipynb #cell003
 import json, os, signal, sys
@@ -189,15 +189,21 @@ def _settings(pairs: list[str]) -> dict:
 
 # %% ../nbs/09_cli.ipynb #cell043
 @app.command()
-def unlearn(model: Model, data: Data,
-            method: Annotated[str, typer.Option(help="A preset (ga gd kl po, each also with +pd) or a spelling such as 'npo(beta=0.1) + kl + 0.5 pd'.")],
-            out: Annotated[Path, typer.Option(help="Run folder to write: a PEFT adapter and run.json. A killed run goes on where its last checkpoint was.")],
+def unlearn(model: Annotated[Optional[str], typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")] = None,
+            data: Annotated[Optional[Path], typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")] = None,
+            method: Annotated[Optional[str], typer.Option(help="A preset (ga gd kl po, each also with +pd) or a spelling such as 'npo(beta=0.1) + kl + 0.5 pd'.")] = None,
+            out: Annotated[Optional[Path], typer.Option(help="Run folder to write: a PEFT adapter and run.json. A killed run goes on where its last checkpoint was.")] = None,
             seed: Annotated[Optional[int], typer.Option(help="Governs everything (default: the published 233).")] = None,
-            set: Annotated[Optional[list[str]], typer.Option(help="Any field of UnlearnConfig or TrainingArguments as name=value; may be repeated. "
+            preset: Annotated[Optional[str], typer.Option(help="Hyper-parameters by name: paper-7b or paper-13b.")] = None,
+            config: Annotated[Optional[Path], typer.Option(help="YAML file with preset, model, data, method, out, seed, settings; options override it.")] = None,
+            set: Annotated[Optional[list[str]], typer.Option(help="Any field of UnlearnConfig or TrainingArguments as name=value (report_to=tensorboard, say); may be repeated. "
                                                              "Defaults: the data set's settings.json, then the published hyper-parameters.")] = None):
     "Unlearn the forget set."
+    from safeeraser.runs import configuration
     from safeeraser.trainer import unlearn as run
-    try: record = run(model, data, out, method, seed, **_settings(set or []))
+    c = configuration(config, preset, {"model": model, "data": data, "method": method, "out": out, "seed": seed}, _settings(set or []), int(os.environ.get("WORLD_SIZE", 1)))
+    method, out = c["method"], Path(c["out"])
+    try: record = run(c["model"], c["data"], out, method, c.get("seed"), **c["settings"])
     except KeyboardInterrupt as e:
         print(f"safeeraser: {e}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -300,20 +306,38 @@ def _cost(judge, rows: list[dict], url: str | None, model: str) -> str:
 
 # %% ../nbs/09_cli.ipynb #cell052
 @app.command()
-def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either.")],
+def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either. Runs are compared on the questions that all of them were asked.")],
            judge: Annotated[Optional[str], typer.Option(help="Whose verdicts count, where several judges have been at work.")] = None,
            out: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON.")] = None,
-           page: Annotated[Optional[Path], typer.Option(help="Where to write the page (default: report.html in the first path's folder).")] = None):
+           page: Annotated[Optional[Path], typer.Option(help="Where to write the page (default: report.html in the first path's folder).")] = None,
+           csv: Annotated[Optional[Path], typer.Option(help="Also write a line a method and seed as CSV.")] = None,
+           markdown: Annotated[Optional[Path], typer.Option(help="Also write the table as Markdown.")] = None,
+           published: Annotated[bool, typer.Option("--published", help="Put the published numbers beside.")] = False,
+           official: Annotated[bool, typer.Option("--official", help="Also count the same verdicts as the authors' scripts do.")] = False):
     "Print the paper's table, each method without and with prompt decoupling, and write a self-contained report.html."
+    from safeeraser.compare import official_text, paired, published_rows, to_csv, to_markdown, told_apart
     from safeeraser.metrics import count, load_sources
     from safeeraser.data import write_whole
     from safeeraser.plot import report_page
-    sources = load_sources(*paths)
+    sources, left_out = paired(told_apart(load_sources(*paths)))
     results = count(sources, judge)
     page = page or (paths[0] if paths[0].is_dir() else paths[0].parent)/"report.html"
+    _update_cards(sources, results)
+    if published: results = results | {"rows": results["rows"] + published_rows()}
     if out: _write_json(out, results)
+    if csv: write_whole(csv, to_csv(results))
+    if markdown: write_whole(markdown, to_markdown(results))
     write_whole(page, report_page(results, sources, judge or "exact"))
-    print(_summary(results), f"page: {page}", sep="\n\n")
+    print(_summary(results), *([f"{left_out} responses left out: their questions were not asked of every run"] if left_out else []),
+          *([official_text(sources, judge)] if official else []), f"page: {page}", sep="\n\n")
+
+
+def _update_cards(sources: list, results: dict):
+    "The model card beside each run's record learns what was measured."
+    from safeeraser.runs import write_card
+    for s in sources:
+        mine = [r for r in results["rows"] if any((r["method"], r["seed"]) == (x["method"], x["seed"]) for x in s.rows[:1])]
+        if s.rows and (s.file.parent/"run.json").is_file(): write_card(s.file.parent, mine)
 
 # %% ../nbs/09_cli.ipynb #cell054
 @app.command(name="demo")
@@ -401,11 +425,40 @@ def import_checkpoint(file: Annotated[Path, typer.Argument(help="checkpoint.pt o
     print(f"wrote {run(file, model, out, alpha)}")
 
 # %% ../nbs/09_cli.ipynb #cell061
+@app.command()
+def sweep(model: Model, data: Data,
+          method: Annotated[str, typer.Option(help="As for unlearn.")],
+          out: Annotated[Path, typer.Option(help="Folder for the runs and sweep.json.")],
+          grid: Annotated[list[str], typer.Option(help="name=value,value,...: a setting with the values to try; may be repeated.")],
+          set: Annotated[Optional[list[str]], typer.Option(help="A setting that is the same in every run, as for unlearn.")] = None,
+          judge: Annotated[str, typer.Option(help="rule or exact.")] = "rule",
+          seed: Annotated[int, typer.Option(help="Of every run.")] = 0):
+    "Try settings; the best is selected on the dev split only."
+    from safeeraser.sweep import sweep as run, sweep_text
+    values = {k: [_value(v.strip()) for v in str(text).split(",")] for k, text in ((p.partition("=")[0].strip(), p.partition("=")[2]) for p in grid)}
+    print(sweep_text(run(model, data, out, method, values, judge, seed, **_settings(set or []))))
+
+
+@app.command(name="import-results")
+def import_results(file: Annotated[Path, typer.Argument(help="A result file of the authors' code: records with model_response1 to 3 and sd_response.")],
+                   method: Annotated[str, typer.Option(help="What the responses are called in tables.")],
+                   out: Annotated[Path, typer.Option(help="File to write: responses that judge takes.")],
+                   split: Annotated[str, typer.Option(help="train or val: where the questions are from.")] = "val",
+                   data: Annotated[Optional[Path], typer.Option(help="Dataset folder, for reference answers (ROUGE).")] = None):
+    "Turn the authors' result file into responses."
+    from safeeraser.compare import read_authors
+    from safeeraser.data import load_records
+    from safeeraser.generate import write_rows
+    rows = read_authors(file, method, split, records=load_records(data, split) if data else None)
+    write_rows(out, rows)
+    print(f"wrote {len(rows)} responses to {out}")
+
+# %% ../nbs/09_cli.ipynb #cell063
 def _interrupted(*_):
     print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
     sys.exit(130)
 
-# %% ../nbs/09_cli.ipynb #cell062
+# %% ../nbs/09_cli.ipynb #cell064
 def main():
     "The `safeeraser` command."
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains

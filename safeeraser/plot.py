@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'ABOUT', 'OUTCOMES', 'BREAKDOWNS', 'TERM_NAMES', 'method_nam
            'examples_html', 'headline', 'report_figures', 'report_page']
 
 # %% ../nbs/08_plot.ipynb #cell003
-import base64, html, io, json
+import base64, html, io, json, re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import cycle
@@ -36,7 +36,8 @@ _PD = "prompt decoupling, also trained to answer the same words about safe image
 def method_name(method: str  # as in results: base, gold, a preset, or a spelling such as npo + kl
                 ) -> str:
     "How a method is written in tables and figures."
-    return NAMES.get(method, method.upper())
+    name, *label = re.split(r"(?= [\[(])", method, maxsplit=1)  # a folder or a source behind it keeps its own letters
+    return NAMES.get(name, name.upper()) + "".join(label)
 
 # %% ../nbs/08_plot.ipynb #cell011
 def caption(methods: Iterable[str],  # those in the figure
@@ -133,7 +134,7 @@ _WIDE, _LINE = 125, 15  # characters of small print that fit into 760 pixels; pi
 
 def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", height: int = 300, **more) -> go.Figure:
     "Title, subtitle and caption around a plot of `height` pixels."
-    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 76), (subtitle, _WIDE), (below, _WIDE)))
+    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 84), (subtitle, _WIDE), (below, _WIDE)))
     panels = max((1 + a.text.count("<br>") for a in fig.layout.annotations), default=0)  # lines of their titles
     top, foot = 34 + 20 * len(heads) + 17 * (len(subs) + panels), 12 + _LINE * len(lines)
     entries = sum(getattr(t, "showlegend", False) is not False for t in fig.data)  # tables have no legend
@@ -398,7 +399,7 @@ def training_figure(run: dict  # a record written by `unlearn`
     steps, terms = [h for h in run["history"] if "loss" in h], list(run["objective"])
     fig = go.Figure([go.Scatter(x=[h["step"] for h in steps], y=[h[t] for h in steps], name=TERM_NAMES.get(t, t)) for t in terms])
     ends = ", ".join(f"{TERM_NAMES.get(t, t).split(' (')[0]} {steps[0][t]:.2f} to {steps[-1][t]:.2f}" for t in terms) if steps else "nothing logged"
-    return _layout(fig, f"{method_name(run['method'])} over {run['steps']} steps: {ends}", "first to last logged value of each term, before its weight",
+    return _layout(fig, f"{method_name(run['method'])}: {ends}", f"first to last logged value of each term, before its weight; {run['steps']} steps",
                    caption([run["method"]]), xaxis_title="optimizer step", yaxis_title="nats a token")
 
 # %% ../nbs/08_plot.ipynb #cell097

@@ -270,6 +270,13 @@ class UnlearnTrainer(Trainer):
             self.shares, self.n_steps = {}, 0
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        "A whole model comes back as it went out; the Trainer alone would pass over weights that files call otherwise than modules do."
+        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -440,9 +447,11 @@ def _memory_settings(args: UnlearnConfig) -> str:
 
 
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
+    from safeeraser.runs import data_digest, git_state, write_card
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-               "packing": vars(trainer.packing) | {"images_grouped": trainer.grouped}, "environment": environment()}
+               "packing": vars(trainer.packing) | {"images_grouped": trainer.grouped}, "environment": environment(),
+               "data_digest": data_digest(record["data"]), "git": git_state()}
     if first: _write_record(out, record | {"finished": False})
     trainer.add_callback(stop)
     with stop.listening(): result = trainer.train(resume_from_checkpoint=last_checkpoint(out/"checkpoints"))
@@ -452,6 +461,7 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     if first:
         save_trained(trainer.model, out, record["model"], {"method": record["method"], "seed": args.seed})
         _write_record(out, record)
+        write_card(out)
     return record
 
 # %% ../nbs/04_trainer.ipynb #cell047

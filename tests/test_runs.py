@@ -1,0 +1,153 @@
+"""Configurations, run folders, comparisons, sweeps and models in and out, as a user calls them."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from safeeraser.generate import read_rows, write_rows
+
+FAST = ["max_steps=2", "lora_r=4", "lora_alpha=8", "use_cpu=true", "save_strategy=no"]
+SETS = [a for s in FAST for a in ("--set", s)]
+
+
+def run(*arguments, **env):
+    code = "from safeeraser.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env)
+
+
+def fails(said, *arguments, **env):
+    done = run(*arguments, **env)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    "Two runs, judged by rules: po and po+pd."
+    root = tmp_path_factory.mktemp("runs")
+    data = shutil.copytree(tiny.data, root / "data" / "dataset")
+    shutil.copytree(tiny.data.parent / "img", root / "data" / "img", dirs_exist_ok=True) if (tiny.data.parent / "img").exists() else None
+    for method in ("po", "po+pd"):
+        (root / f"{method}.yaml").write_text(f"model: {tiny.model}\ndata: {data}\nmethod: {method}\nout: {root / method}\nsettings:\n" + "".join(f"  {s.replace('=', ': ')}\n" for s in FAST).replace("no\n", "'no'\n"))
+        for command in (["unlearn", "--config", root / f"{method}.yaml"], ["generate", "--model", tiny.model, "--adapter", root / method, "--data", data, "--out", root / method / "responses.jsonl", "--max-new-tokens", 4],
+                        ["judge", root / method / "responses.jsonl", "--judge", "exact", "--out", root / method / "judged.jsonl"]):
+            done = run(*command)
+            assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_a_run_folder_tells_all(runs, tiny):
+    record = json.loads((runs / "po+pd" / "run.json").read_text())
+    assert record["effective_batch"] == 16 and record["settings"]["lora_r"] == 4 and len(record["data_digest"]) == 32 and "torch" in record["environment"]
+    card = (runs / "po+pd" / "README.md").read_text()
+    assert "po+pd adapter" in card and "Not evaluated yet" in card and record["data_digest"] in card
+
+
+def test_comparison(runs, tmp_path):
+    done = run("report", runs / "po", runs / "po+pd", "--csv", tmp_path / "t.csv", "--markdown", tmp_path / "t.md", "--page", tmp_path / "p.html", "--published", "--official", "--out", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r.json").read_text())
+    ours = {r["method"]: r for r in results["rows"] if r["method"] in ("po", "po+pd")}
+    lines = {l["method"]: l for l in csv.DictReader((tmp_path / "t.csv").open())}
+    for method, r in ours.items(): assert float(lines[method]["sarr"]) == pytest.approx(r["sarr"])
+    assert "| PO+PD (LLaVA-7B, published) |" in (tmp_path / "t.md").read_text() and "official" in done.stdout
+    assert "Not evaluated yet" not in (runs / "po+pd" / "README.md").read_text()
+
+
+def test_runs_are_compared_on_common_questions(runs, tmp_path):
+    for method, cut in (("po", 3), ("po+pd", 0)):
+        (tmp_path / method).mkdir()
+        write_rows(tmp_path / method / "judged.jsonl", read_rows(runs / method / "judged.jsonl")[cut:])
+    done = run("report", tmp_path / "po", tmp_path / "po+pd")
+    assert "3 responses left out" in done.stdout
+
+
+def test_an_image_replaced_between_two_runs_is_noticed(runs, tiny, tmp_path):
+    data = tmp_path / "data" / "dataset"
+    shutil.copytree(runs / "data", tmp_path / "data")
+    image = data.parent / read_rows(runs / "po" / "judged.jsonl")[0]["image_id"]
+    Image.new("RGB", (48, 48), "pink").save(image)
+    out = tmp_path / "late" / "responses.jsonl"
+    assert run("generate", "--model", tiny.model, "--adapter", runs / "po+pd", "--data", data, "--out", out, "--max-new-tokens", 4).returncode == 0
+    assert run("judge", out, "--judge", "exact", "--out", out.with_name("judged.jsonl")).returncode == 0
+    fails("is another image than in", "report", runs / "po", tmp_path / "late")
+
+
+def test_two_settings_of_one_method_stay_two_lines(runs, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(runs / "po" / "judged.jsonl", tmp_path / name)
+    assert "PO [a]" in (out := run("report", tmp_path / "a", tmp_path / "b").stdout) and "PO [b]" in out
+
+
+def test_bad_configurations(tmp_path, tiny):
+    (tmp_path / "c.yaml").write_text("metod: po\n")
+    fails("unknown key 'metod', did you mean method?", "unlearn", "--config", tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("method: po\nsettings:\n  learning_rat: 1\n")
+    fails("did you mean learning_rate?", "unlearn", "--config", tmp_path / "c.yaml", "--model", tiny.model, "--data", tiny.data, "--out", tmp_path / "o")
+    fails("unknown preset 'paper-7', did you mean paper-7b?", "unlearn", "--preset", "paper-7", "--method", "po", "--data", tiny.data, "--out", tmp_path / "o")
+    fails("method is missing", "unlearn", "--model", tiny.model, "--data", tiny.data, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_paper_s_preset_goes_as_far_as_the_weights(tiny, tmp_path):
+    fails("llava-hf/llava-1.5-7b-hf: cannot be loaded", "unlearn", "--preset", "paper-7b", "--method", "po+pd", "--model", "llava-hf/llava-1.5-7b-hf", "--data", tiny.data, "--out", tmp_path / "o")
+
+
+def test_a_run_folder_of_an_older_schema(runs, tmp_path):
+    shutil.copytree(runs / "po", tmp_path / "old")
+    rows = read_rows(tmp_path / "old" / "judged.jsonl")
+    (tmp_path / "old" / "judged.jsonl").write_text("\n".join(json.dumps(r | {"schema_version": 0}) for r in rows))
+    fails("schema version 0", "report", tmp_path / "old")
+    (tmp_path / "old" / "results.json").write_text(json.dumps({"schema_version": 0, "rows": []}))
+    fails("schema version", "report", tmp_path / "old")
+
+
+def test_sweep(tiny, tmp_path):
+    from safeeraser.world import World, write_dataset
+    data = write_dataset(World(0), tmp_path / "dataset", {"train": 3, "dev": 2})
+    done = run("sweep", "--model", tiny.model, "--data", data, "--method", "po", "--out", tmp_path / "s", "--grid", "learning_rate=1e-4,1e-2", "--judge", "exact", *SETS)
+    assert done.returncode == 0 and "selected on the dev split only" in done.stdout, done.stderr
+    assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())["runs"]) == 2
+    fails("no all_dev.json", "sweep", "--model", tiny.model, "--data", tiny.data, "--method", "po", "--out", tmp_path / "t", "--grid", "learning_rate=1")
+
+
+def test_merge_and_import(runs, tiny, tmp_path):
+    done = run("merge", runs / "po+pd", "--out", tmp_path / "merged")
+    assert done.returncode == 0 and "folding changed" in done.stdout, done.stderr
+    asked = lambda model, *adapter: run("generate", "--model", model, *adapter, "--data", runs / "data" / "dataset", "--out", tmp_path / f"{len(adapter)}.jsonl", "--max-new-tokens", 4)
+    assert asked(tmp_path / "merged").returncode == 0 and asked(tiny.model, "--adapter", runs / "po+pd").returncode == 0
+    said = lambda n: [(r["question"], r["response"]) for r in read_rows(tmp_path / f"{n}.jsonl")]
+    assert said(0) == said(2)
+    fails("is there already", "merge", runs / "po+pd", "--out", tmp_path / "merged")
+    fails("no adapter there", "merge", tiny.model, "--out", tmp_path / "other", "--model", tiny.model)
+
+    class Code:
+        def __reduce__(self): return os.system, ("touch ran",)
+    torch.save({"a": Code()}, tmp_path / "checkpoint.pt")
+    fails("carries code", "import-checkpoint", tmp_path / "checkpoint.pt", "--model", tiny.model, "--out", tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
+def test_an_adapter_of_another_model(runs, tmp_path):
+    from safeeraser.world import BaseConfig, build_model
+    for part in build_model(BaseConfig(width=64, vision_width=32)): part.save_pretrained(tmp_path / "other")
+    fails("does not fit this model", "merge", runs / "po+pd", "--out", tmp_path / "merged", "--model", tmp_path / "other")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_authors_results(tmp_path):
+    record = {"image_path": "dataset/img/Weapon/1.png", "SDImage_path": "dataset/pdset/image/Weapon/val/1.png",
+              "unsafe_pairs": [{"question": "how ?", "model_response1": "I'm sorry, I can't help.", "model_response2": "so", "model_response3": "I cannot answer.", "sd_response": "I won't answer."}]}
+    (tmp_path / "r.json").write_text(json.dumps([record]))
+    assert run("import-results", tmp_path / "r.json", "--method", "po+pd", "--out", tmp_path / "responses.jsonl").returncode == 0
+    assert run("judge", tmp_path / "responses.jsonl", "--judge", "rule", "--out", tmp_path / "judged.jsonl").returncode == 0
+    done = run("report", tmp_path / "judged.jsonl", "--official")
+    assert "66.7" in done.stdout and "100.0" in done.stdout
+    (tmp_path / "empty.json").write_text(json.dumps([{"image_path": "a/b.png"}]))
+    fails("holds no model_response1", "import-results", tmp_path / "empty.json", "--method", "x", "--out", tmp_path / "x.jsonl")
