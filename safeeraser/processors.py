@@ -40,7 +40,8 @@ def image_only(cls  # a processor class of transformers
 
         @classmethod
         def _get_arguments_from_pretrained(cls, source, processor_dict=None, **kwargs):
-            from transformers import AutoImageProcessor, AutoTokenizer
+            from transformers import AutoTokenizer
+            from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 hides it without torchvision
             make = {"image_processor": lambda: AutoImageProcessor.from_pretrained(source, **kwargs),
                     "tokenizer": lambda: AutoTokenizer.from_pretrained(source, **kwargs), "video_processor": NoVideos}
             return [make[name]() for name in cls.get_attributes()]
