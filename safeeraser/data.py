@@ -455,7 +455,7 @@ class Encoder:
         if not getattr(self.processor, "chat_template", None):
             raise SafeEraserError("the model's processor has no chat template; save one with it (chat_template.jinja)")
         mark = getattr(self.processor, "image_token", None)
-        if mark and (n := render_prompt(self.processor, "").count(mark)) > 1:
+        if mark and (n := render_prompt(self.processor, "").count(mark)) != 1:
             raise SafeEraserError(f"the chat template writes {mark} {n} times for one image; it should write it once")
         from transformers import PaliGemmaProcessor
         self.two_way = isinstance(self.processor, PaliGemmaProcessor)
