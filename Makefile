@@ -7,17 +7,24 @@ READY  := .venv/.installed
 # For tools that call each other by name.
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help demo test lab export
+.PHONY: help demo test test-all lab export bench
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: $(READY)  ## train, unlearn and judge on the small embedded world, into demo/ (SEEDS=3 for three seeds)
 	$(BIN)/safeeraser demo --out demo --seeds $(SEEDS)
 
-test: $(READY)  ## what CI runs: exports in step, every notebook, pytest
+test: $(READY)  ## exports in step, every notebook, pytest
 	$(WITH_VENV) bash scripts/test.sh
+
+test-all: $(READY)  ## what CI runs: the same with the slow tests
+	$(WITH_VENV) bash scripts/test.sh --all
+
+bench: $(READY)  ## measure training and generation against the published loop (about an hour)
+	rm -f benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/cpu.py
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(WITH_VENV) jupyter lab nbs

@@ -353,9 +353,9 @@ def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
 data_app = typer.Typer(no_args_is_help=True, help="Check a data set, bring other data into its form, let the vanilla model answer.")
 app.add_typer(data_app, name="data")
 
-Source = Annotated[list[Path], typer.Argument(help="Tables: .csv, .jsonl, .json or .parquet files, or folders saved by `datasets`. Image paths in them are relative to their folder.")]
+Source = Annotated[list[Path], typer.Argument(help="Tables: .csv, .jsonl, .json or .parquet files, or folders: saved by `datasets`, with .parquet files (all of them), or with images and a metadata.csv. Image paths are relative to the table.")]
 Harmless = Annotated[Optional[list[Path]], typer.Option(help="A table whose questions are harmless unless it says otherwise; may be repeated.")]
-Column = Annotated[Optional[list[str]], typer.Option(help="name=theirs, where a column is called otherwise than image, question, answer, kind, category, safe_image, safe_answer; may be repeated.")]
+Column = Annotated[Optional[list[str]], typer.Option(help="name=THEIRS, where a column is called otherwise than image, question, answer, kind, category, safe_image, safe_answer; may be repeated.")]
 NewData = Annotated[Path, typer.Option(help="Dataset folder to write.")]
 NewSplit = Annotated[str, typer.Option(help="Split to write: OUT/all_SPLIT.json.")]
 
@@ -365,27 +365,28 @@ def check(path: Annotated[Path, typer.Argument(help="Dataset folder: the one tha
           model: Annotated[Optional[str], typer.Option(help="Also look for rows longer than this model's context (its weights are not loaded).")] = None,
           as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False):
     "Look at every record and image of a data set and say what was found; exit code 2 where training would not take it."
-    from safeeraser.official import check_dataset, check_text, encoder_for
+    from safeeraser.data import SafeEraserError
+    from safeeraser.official import check_dataset, check_sentence, check_text, encoder_for
     found = check_dataset(path, encoder_for(model) if model else None)
     print(json.dumps(found, indent=1) if as_json else check_text(found))
-    if not found["usable"]: raise typer.Exit(2)
+    if not found["usable"]: raise SafeEraserError(check_sentence(found))
 
 # %% ../nbs/09_cli.ipynb #cell057
 def _tables(sources: list[Path], harmless: list[Path] | None, columns: list[str] | None, answers: bool):
     "Questions of several tables, one after another."
     from safeeraser.data import SafeEraserError
     from safeeraser.official import COLUMNS, read_table
-    named = {k.strip(): str(v) for k, _, v in (c.partition("=") for c in columns or [])}
-    if odd := [k for k, v in named.items() if k not in COLUMNS or not v]: raise SafeEraserError(f"--column {odd[0]}: name=theirs belongs here, name one of {', '.join(COLUMNS)}")
+    named = {k.strip(): v.strip() for k, _, v in (c.partition("=") for c in columns or [])}
+    if odd := [k for k, v in named.items() if k not in COLUMNS or not v]: raise SafeEraserError(f"--column {odd[0]}: name=THEIRS belongs here, name one of {', '.join(COLUMNS)}")
     for kind, tables in (("unsafe", sources), ("harmless", harmless or [])):
         for table in tables: yield from read_table(table, named, answers, kind)
 
 
 @data_app.command()
 def convert(sources: Source, out: NewData, split: NewSplit = "train", harmless: Harmless = None, column: Column = None):
-    "Bring tables of questions into the record format; images are copied."
-    from safeeraser.official import convert as run, REFUSALS
-    print(f"wrote {run(_tables(sources, harmless, column, True), out, split, REFUSALS)} records to {out}/all_{split}.json")
+    "Bring tables of questions and answers into the record format; images are copied."
+    from safeeraser.official import convert as run
+    print(f"wrote {run(_tables(sources, harmless, column, True), out, split)} records to {out}/all_{split}.json")
 
 
 @data_app.command(name="make-answers")
@@ -393,16 +394,10 @@ def make_answers(sources: Source, out: NewData, model: Model, split: NewSplit = 
                  temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
                  max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
                  seed: Annotated[int, typer.Option(help="Of sampling.")] = 0):
-    "Ask the vanilla model the questions of tables that lack answers, and write a data set. An interrupted run goes on."
-    from safeeraser.data import Encoder, SafeEraserError
-    from safeeraser.model import load_model
-    from safeeraser.official import convert as write, make_answers as run, REFUSALS
-    if (out/f"all_{split}.json").exists(): raise SafeEraserError(f"{out}/all_{split}.json is there already; name another --out or --split")
-    rows, part = list(_tables(sources, harmless, column, False)), out/f".answers-{split}.part"
-    net, processor = load_model(model)
-    answered = run(net, Encoder(processor), rows, part, max_new_tokens, temperature=temperature, seed=seed)
-    print(f"wrote {write(answered, out, split, REFUSALS)} records to {out}/all_{split}.json")
-    part.unlink()
+    "Ask the vanilla model the questions of tables and write them with its answers as a data set. An interrupted run goes on."
+    from safeeraser.official import make_answers as run
+    written, empty = run(model, _tables(sources, harmless, column, False), out, split, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    print(f"wrote {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
 
 # %% ../nbs/09_cli.ipynb #cell059
 NewModel = Annotated[Path, typer.Option(help="New folder to write.")]

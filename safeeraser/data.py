@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'KINDS', 'LLAVA_TEMPLATE', 'SafeEraserError', 'Place', 'progress_bar', 'UnsafePair',
            'HarmlessPair', 'Record', 'parse_record', 'to_json', 'read_json_records', 'resolve_image', 'load_image',
-           'load_records', 'check_partners', 'load_refusals', 'write_whole', 'settings_of', 'Item', 'Sets',
-           'build_sets', 'load_sets', 'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset',
-           'render_prompt', 'render_answered', 'count_answer_tokens', 'word_processor', 'Encoder', 'number_items',
-           'count_items', 'Collator']
+           'as_published', 'load_records', 'check_partners', 'load_refusals', 'write_whole', 'settings_of', 'Item',
+           'Sets', 'build_sets', 'load_sets', 'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset',
+           'render_prompt', 'render_answered', 'count_answer_tokens', 'word_processor', 'open_image', 'Encoder',
+           'number_items', 'count_items', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
 import json, os, random, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -102,7 +102,10 @@ def _unsafe_pair(raw, i: int, safe: bool, place: Place) -> UnsafePair:
 def _harmless_pair(raw, key: str, place: Place) -> HarmlessPair:
     if not isinstance(raw, dict):
         raise place.error(key, f"an object belongs here, found {raw!r:.60}")
-    return HarmlessPair(key, *(place.text(raw, k, key + ".") for k in ("Question", "Prediction")))
+    return HarmlessPair(key, *(place.text(raw, k, key + ".") for k in ("Question", _present(raw, "Prediction", "Answer"))))
+
+
+def _present(raw: dict, name: str, other: str) -> str: return other if name not in raw and other in raw else name
 
 # %% ../nbs/00_data.ipynb #cell016
 def parse_record(raw: dict,    # one object of the json list
@@ -115,7 +118,7 @@ def parse_record(raw: dict,    # one object of the json list
     if not isinstance(pairs, list) or not (pairs or harmless):
         raise place.error("unsafe_pairs", "a non-empty list of question and answers belongs here")
     safe = "SDImage_path" in raw or any(isinstance(p, dict) and "sd_response" in p for p in pairs)
-    return Record(place.text(raw, "image_path"), place.text(raw, "SDImage_path") if safe else None,
+    return Record(place.text(raw, _present(raw, "image_path", "image_id")), place.text(raw, "SDImage_path") if safe else None,
                   tuple(_unsafe_pair(p, i, safe, place) for i, p in enumerate(pairs)),
                   tuple(_harmless_pair(raw[k], k, place) for k in harmless))
 
@@ -163,14 +166,31 @@ def resolve_image(root: Path,   # the dataset folder's parent: image paths are r
 
 
 def load_image(path: Path) -> Image.Image:
-    "The image as upright RGB; raises `SafeEraserError` naming a file that is broken, oversized or no image."
+    "The image as upright RGB (of several frames the first); raises `SafeEraserError` naming a file that is broken, oversized or no image."
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SafeEraserError(f"{path}: not a readable image ({e})") from None
+            return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+    except Exception as e: reason = e  # Pillow's readers raise whatever a broken file makes them stumble over
+    raise SafeEraserError(f"{path}: not a readable image ({str(reason).replace(f' {str(path)!r}', '')})")
 
-# %% ../nbs/00_data.ipynb #cell025
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    "Pillow cuts deeper greys off at 255, which turns a 16-bit scan white; they are scaled instead."
+    if not image.mode.startswith("I"): return image
+    return image.convert("I").point(lambda v: v / 257).convert("L")
+
+# %% ../nbs/00_data.ipynb #cell026
+def as_published(record: Record,
+                 data: Path  # the dataset folder
+                 ) -> Record:
+    "The record with image paths relative to the dataset folder's parent, where its images are found below the folder itself."
+    data = data.absolute()
+    def published(path):
+        if path is None or (data.parent/path).is_file() or not (data/path).is_file(): return path
+        return f"{data.name}/{path}"
+    return replace(record, image_path=published(record.image_path), safe_image_path=published(record.safe_image_path))
+
+# %% ../nbs/00_data.ipynb #cell027
 def load_records(data: str | Path,     # the folder that holds `all_train.json`
                  split: str = "train"  # names the file: `all_<split>.json`
                  ) -> list[Record]:
@@ -179,10 +199,11 @@ def load_records(data: str | Path,     # the folder that holds `all_train.json`
     raw = read_json_records(file)
     if not raw:
         raise SafeEraserError(f"{file}: holds no record")
-    records = [parse_record(r, Place(file, i)) for i, r in enumerate(raw)]
+    records = [as_published(parse_record(r, Place(file, i)), Path(data)) for i, r in enumerate(raw)]
+    root = file.absolute().parent.parent
     for i, r in enumerate(records):
-        resolve_image(file.parent.parent, r.image_path, "image_path", Place(file, i))
-        if r.safe_image_path: resolve_image(file.parent.parent, r.safe_image_path, "SDImage_path", Place(file, i))
+        resolve_image(root, r.image_path, "image_path", Place(file, i))
+        if r.safe_image_path: resolve_image(root, r.safe_image_path, "SDImage_path", Place(file, i))
     check_partners(records, file)
     return records
 
@@ -193,7 +214,7 @@ def check_partners(records: list[Record], file: Path):
     if missing and len(missing) < sum(bool(r.unsafe) for r in records):
         raise Place(file, missing[0]).error("SDImage_path", "missing, though other records have one; every forget item needs its prompt-decouple partner, or none has one")
 
-# %% ../nbs/00_data.ipynb #cell028
+# %% ../nbs/00_data.ipynb #cell030
 def load_refusals(data: str | Path  # the folder that holds `prompt.json`
                   ) -> list[str]:
     "The refusals that preference optimisation draws from."
@@ -204,7 +225,7 @@ def load_refusals(data: str | Path  # the folder that holds `prompt.json`
         raise Place(file).error("idk", "a non-empty list of refusals belongs here")
     return [r.strip() for r in refusals]
 
-# %% ../nbs/00_data.ipynb #cell031
+# %% ../nbs/00_data.ipynb #cell033
 def write_whole(path: str | Path, text: str):
     "Write a text file (folders made as needed), complete or not at all; raises `SafeEraserError` where it cannot be."
     path = Path(path)
@@ -217,7 +238,7 @@ def write_whole(path: str | Path, text: str):
         if part.is_file(): part.unlink()
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
 
-# %% ../nbs/00_data.ipynb #cell034
+# %% ../nbs/00_data.ipynb #cell036
 def settings_of(data: str | Path  # the dataset folder
                 ) -> dict:
     "What the data set recommends, by verb; empty where it says nothing."
@@ -227,7 +248,7 @@ def settings_of(data: str | Path  # the dataset folder
     if not isinstance(found, dict): raise Place(file).error("settings", "an object of settings by verb belongs here")
     return found
 
-# %% ../nbs/00_data.ipynb #cell037
+# %% ../nbs/00_data.ipynb #cell039
 @dataclass(frozen=True)
 class Item:
     "One question about one image, with its target."
@@ -239,7 +260,7 @@ class Item:
     answer: str
     category: str
 
-# %% ../nbs/00_data.ipynb #cell038
+# %% ../nbs/00_data.ipynb #cell040
 @dataclass(frozen=True)
 class Sets:
     "The three sets of one split; `forget[i]` and `decouple[i]` are partners (without safe images, `decouple` is empty)."
@@ -249,7 +270,7 @@ class Sets:
 
     def __iter__(self): yield from self.forget + self.retain + self.decouple
 
-# %% ../nbs/00_data.ipynb #cell039
+# %% ../nbs/00_data.ipynb #cell041
 def build_sets(records: list[Record], data: str | Path, split: str = "train") -> Sets:
     "Derive forget, retain and prompt-decouple set from records."
     root, sets = Path(data).absolute().parent, Sets([], [], [])
@@ -267,7 +288,7 @@ def load_sets(data: str | Path, split: str = "train") -> Sets:
     "Records of a split, checked, as its three sets."
     return build_sets(load_records(data, split), data, split)
 
-# %% ../nbs/00_data.ipynb #cell043
+# %% ../nbs/00_data.ipynb #cell045
 @dataclass(frozen=True)
 class Slot:
     "One forget item, its partner, and what rides along."
@@ -276,13 +297,13 @@ class Slot:
     refusal: int = 0              # index of the refusal that stands in for the harmful answer
     live: bool = True             # False: fills up the last batch so that all ranks step together; carries no loss
 
-# %% ../nbs/00_data.ipynb #cell044
+# %% ../nbs/00_data.ipynb #cell046
 def deal(n_slots: int, items: list[int]) -> list[tuple[int, ...]]:
     "Items dealt out to slots in order, as evenly as whole numbers allow."
     edges = [round(k * len(items) / n_slots) for k in range(n_slots + 1)]
     return [tuple(items[a:b]) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/00_data.ipynb #cell046
+# %% ../nbs/00_data.ipynb #cell048
 def epoch_plan(forget: list,       # one entry a forget item: which image it is about
                retain: list,       # one entry a retain item, likewise
                n_refusals: int,    # number of refusals to draw from
@@ -309,7 +330,7 @@ def _groups(forget: list, retain: list, together: bool, rng: random.Random) -> l
     for i, image in enumerate(retain): groups[image][1].append(i)
     return rng.sample(list(groups.values()), len(groups))
 
-# %% ../nbs/00_data.ipynb #cell053
+# %% ../nbs/00_data.ipynb #cell055
 class SlotSampler(Sampler):
     "Yields the slots of the current epoch; `set_epoch` is called by accelerate."
     def __init__(self, sets: Sets, n_refusals: int, seed: int, multiple: int = 1, together: bool = False):
@@ -321,7 +342,7 @@ class SlotSampler(Sampler):
     def __len__(self): return self.size
     def __iter__(self): return iter(self.plan(epoch=self.epoch))
 
-# %% ../nbs/00_data.ipynb #cell055
+# %% ../nbs/00_data.ipynb #cell057
 KINDS = ("forget", "refusal", "retain", "decouple")
 
 
@@ -333,7 +354,7 @@ class Row:
     answer: str      # the target: the item's own answer or a refusal
     live: bool = True
 
-# %% ../nbs/00_data.ipynb #cell056
+# %% ../nbs/00_data.ipynb #cell058
 class SlotDataset(Dataset):
     "Maps a `Slot` (or the number of a forget item) to its rows, of the kinds that an objective needs."
     def __init__(self, sets: Sets,
@@ -351,7 +372,7 @@ class SlotDataset(Dataset):
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
 
-# %% ../nbs/00_data.ipynb #cell059
+# %% ../nbs/00_data.ipynb #cell061
 def render_prompt(processor, question: str) -> str:
     "The conversation up to where the model is to speak, by the processor's own chat template."
     return processor.apply_chat_template([_user(question)], add_generation_prompt=True, tokenize=False)
@@ -378,19 +399,19 @@ def _end_of_turn(tokenizer, suffix: str) -> str:
     found = sorted((suffix.find(t), t) for t in special if t and t in suffix)
     return found[0][1] if found else tokenizer.eos_token
 
-# %% ../nbs/00_data.ipynb #cell061
+# %% ../nbs/00_data.ipynb #cell063
 def count_answer_tokens(tokenizer, prompt: str, answer: str) -> int:
     "Number of tokens that `answer` adds behind `prompt` when both are tokenized as one text."
     alone, joint = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, prompt + answer))
     same = next((i for i, (a, b) in enumerate(zip(alone, joint)) if a != b), len(alone))
     return len(joint) - same
 
-# %% ../nbs/00_data.ipynb #cell063
+# %% ../nbs/00_data.ipynb #cell065
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
                   "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-# %% ../nbs/00_data.ipynb #cell064
+# %% ../nbs/00_data.ipynb #cell066
 def word_processor(words: list[str],          # vocabulary
                    image_size: int = 48,      # pixels a side
                    patch_size: int = 12,      # pixels a side
@@ -410,14 +431,20 @@ def word_processor(words: list[str],          # vocabulary
     return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
                           chat_template=template, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/00_data.ipynb #cell067
-_open = lru_cache(maxsize=4096)(load_image)
+# %% ../nbs/00_data.ipynb #cell069
+@lru_cache(maxsize=4096)
+def _if_small(path: Path, changed: int, size: int) -> Image.Image | None:
+    "The image of a file in its present state, None where it would not be small in memory: at most 100 MB are kept in all."
+    image = load_image(path)
+    return image if image.width * image.height <= 2**13 else None
 
 
-def _small_or_fresh(path: Path) -> Image.Image:
-    return _open(path) if path.stat().st_size < 2**14 else load_image(path)
+def open_image(path: Path) -> Image.Image:
+    "`load_image`, but icons such as the world's are decoded once; a file that was replaced is read anew."
+    stat = path.stat()
+    return stat.st_size < 2**15 and _if_small(path, stat.st_mtime_ns, stat.st_size) or load_image(path)
 
-# %% ../nbs/00_data.ipynb #cell068
+# %% ../nbs/00_data.ipynb #cell070
 @dataclass
 class Encoder:
     "Texts and images to model inputs, by any processor with a chat template."
@@ -428,7 +455,7 @@ class Encoder:
         if not getattr(self.processor, "chat_template", None):
             raise SafeEraserError("the model's processor has no chat template; save one with it (chat_template.jinja)")
         mark = getattr(self.processor, "image_token", None)
-        if mark and (n := render_prompt(self.processor, "").count(mark)) > 1:
+        if mark and (n := render_prompt(self.processor, "").count(mark)) != 1:
             raise SafeEraserError(f"the chat template writes {mark} {n} times for one image; it should write it once")
         from transformers import PaliGemmaProcessor
         self.two_way = isinstance(self.processor, PaliGemmaProcessor)
@@ -454,7 +481,7 @@ class Encoder:
     def call(self, texts: list[str], images: list[Path], side: str, **more) -> dict:
         "The processor's model inputs for texts with one image each, padded on a side."
         bos = self.processor.tokenizer.bos_token
-        return dict(self.processor(text=texts, images=[[_small_or_fresh(p)] for p in images], padding=True, padding_side=side,
+        return dict(self.processor(text=texts, images=[[open_image(p)] for p in images], padding=True, padding_side=side,
                                    return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)), **more))
 
     def check_length(self, row: Row, n: int):
@@ -493,7 +520,7 @@ class Encoder:
         for r in rows: self._check_text(r.item.question, r.answer)
         return self.call([self.prompt(r.item.question) for r in rows], [r.item.image for r in rows], "right", suffix=[r.answer for r in rows])
 
-# %% ../nbs/00_data.ipynb #cell074
+# %% ../nbs/00_data.ipynb #cell076
 def number_items(rows: list[Row]) -> list[int]:
     "The item that each row belongs to, counted within its kind; -1 for rows without loss."
     seen, items = {k: 0 for k in KINDS}, []
@@ -507,7 +534,7 @@ def count_items(rows: list[Row]) -> torch.Tensor:
     "Number of live rows of each kind: [len(KINDS)]."
     return torch.tensor([sum(r.live and r.kind == k for r in rows) for k in KINDS])
 
-# %% ../nbs/00_data.ipynb #cell075
+# %% ../nbs/00_data.ipynb #cell077
 @dataclass
 class Collator:
     "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [4] to tell the rows apart."

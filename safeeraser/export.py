@@ -10,13 +10,16 @@ import json, os, re, shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .data import Encoder, Item, SafeEraserError, write_whole
-from .model import add_adapter, load_adapter, load_model, merge_adapter
+from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
+from .trainer import save_model
 
 # %% ../nbs/14_export.ipynb #cell008
 def vanilla_of(run: Path) -> str:
     "The model that a run started from, as its `run.json` says; raises `SafeEraserError` where it does not."
+    adapter_file(run)
     try: return json.loads((run/"run.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SafeEraserError(f"{run}: no run.json that names the vanilla model; say which it is with --model") from None
@@ -40,25 +43,33 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
     "Write the model with its adapter folded in; returns the largest change of a log-probability that folding made (nats)."
     run, out = Path(run), Path(out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
-    net, processor = load_model(model or vanilla_of(run), device)
+    vanilla = model or vanilla_of(run)
+    net, processor = load_model(vanilla, device)
     adapted = load_adapter(net, run)
     before = _scores(adapted, processor)
     plain = merge_adapter(adapted)
     change = (_scores(plain, processor) - before).abs().max().item()
-    _save_whole((plain, processor), out)
-    write_whole(out/"safeeraser.json", json.dumps({"adapter": run.name, "vanilla": str(model or vanilla_of(run)), "change_by_merging": change}, indent=1) + "\n")
+    record = {**_identity(run), "adapter": run.name, "vanilla": str(vanilla), "change_by_merging": change}
+    _save_whole(lambda folder: save_model(plain, folder, vanilla, record), out)
     return change
 
 
-def _save_whole(parts: tuple, out: Path):
-    "Into a folder of its own first: a full disk leaves nothing half-written."
+def _identity(run: Path) -> dict:
+    "Method and seed, for the tables that a merged model will be in."
+    found = json.loads((run/"run.json").read_text(encoding="utf-8")) if (run/"run.json").is_file() else {}
+    return {"method": found.get("method", "adapter"), "seed": found.get("seed", 0)}
+
+
+def _save_whole(write, out: Path):
+    "`write(folder)` into a folder of its own first: a full disk leaves nothing half-written."
     writing = out.with_name(f".{out.name}.writing")
     try:
-        for part in parts: part.save_pretrained(writing)
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        write(writing)
         if out.exists(): out.rmdir()
-        out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(writing, out)
-    except OSError as e: raise SafeEraserError(f"{out}: the model cannot be written ({e.strerror or e})") from None
+    except (OSError, SafetensorError) as e: raise SafeEraserError(f"{out}: the model cannot be written ({getattr(e, 'strerror', None) or e})") from None
     finally: shutil.rmtree(writing, ignore_errors=True)
 
 # %% ../nbs/14_export.ipynb #cell014
@@ -93,12 +104,18 @@ def import_checkpoint(file: str | Path,     # the authors' checkpoint.pt
     ranks = {v.shape[0] for k, v in tensors.items() if "lora_A" in k}
     if len(ranks) != 1: raise SafeEraserError(f"{file}: {'no LoRA tensors' if not ranks else 'LoRA tensors of several ranks'}; a checkpoint.pt of the authors' training belongs here")
     net, _ = load_model(model, "cpu")
+    fingerprint = model_fingerprint(net)
     adapted = add_adapter(net, ranks.pop(), alpha)
     wanted = {bare_name(k): (k, v) for k, v in get_peft_model_state_dict(adapted).items()}
     for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has, which the model does not,", tensors.keys() - wanted.keys()),
-                           ("has another shape of", {n for n in wanted.keys() & tensors.keys() if wanted[n][1].shape != tensors[n].shape})):
+                           ("has another shape of", {n for n in wanted.keys() & tensors.keys() if wanted[n][1].shape != tensors[n].shape}),
+                           ("has numbers that are not finite in", {n for n, t in tensors.items() if not t.isfinite().all()})):
         if names: raise SafeEraserError(f"{file}: does not fit {model}: it {problem} {min(names)} ({len(names)} such)")
     set_peft_model_state_dict(adapted, {wanted[n][0]: t.float() for n, t in tensors.items()})
-    adapted.save_pretrained(out)
-    write_whole(out/"run.json", json.dumps({"schema_version": 1, "method": Path(file).parent.name or "imported", "model": str(model), "imported_from": Path(file).name, "finished": True, "seed": 233}, indent=1) + "\n")
+    record = {"schema_version": 1, "method": Path(file).parent.name or "imported", "model": str(model), "model_fingerprint": fingerprint,
+              "imported_from": Path(file).name, "finished": True, "seed": 233}
+    def write(folder: Path):
+        adapted.save_pretrained(folder)
+        write_whole(folder/"run.json", json.dumps(record, indent=1) + "\n")
+    _save_whole(write, out)
     return out

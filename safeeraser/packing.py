@@ -538,10 +538,10 @@ def _measured(model, compute) -> tuple[torch.Tensor, torch.Tensor]:
 def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
     "Whether what a token says depends on the token behind it: then a prefix is not the same for every question."
     inputs = to_device(encoder.rows([row]), next(model.parameters()).device)
-    del inputs["labels"]
+    last = int((inputs.pop("labels")[0] != -100).nonzero()[0]) - 1  # of the prompt: an answer is never looked at from in front of it
     other = inputs["input_ids"].clone()
-    other[0, -1] = other[0, -2]
-    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :-1].float() for ids in (inputs["input_ids"], other))
+    other[0, last] = other[0, last + 1]
+    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :last].float() for ids in (inputs["input_ids"], other))
     return not torch.allclose(first, second, atol=1e-3)
 
 

@@ -527,7 +527,7 @@ def speed_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
 def _speed_title(rows: list[dict]) -> str:
     whole, alone = ([r for r in rows if r["baseline"] == b] for b in _BASELINES)
     reached = [100 * r["ratio"] / r["token_limit"] for r in alone]
-    return f"Training is {min(r['ratio'] for r in whole):.1f} to {max(r['ratio'] for r in whole):.1f} times as fast as the published loop; packing alone reaches {_span(reached)} of what is possible"
+    return f"Training {min(r['ratio'] for r in whole):.1f} to {max(r['ratio'] for r in whole):.1f} times as fast; packing alone reaches {_span(reached)} of its limit"
 
 # %% ../nbs/08_plot.ipynb #cell123
 def growth_figure(bench: dict  # the object of `benchmarks/results/cpu.json`

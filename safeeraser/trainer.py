@@ -6,7 +6,8 @@
 __all__ = ['COMPLETE', 'UnlearnConfig', 'Predictions', 'packed_predictions', 'predict', 'rows_of', 'ask_vanilla', 'batch_tokens',
            'context_length', 'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent',
            'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'last_checkpoint', 'recommended_settings',
-           'check_settings', 'make_config', 'probe', 'plan_text', 'unlearn']
+           'check_settings', 'make_config', 'probe', 'plan_text', 'make_trainable', 'unlearn', 'save_trained',
+           'save_model']
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import copy, difflib, json, os, shutil, signal, threading, time
@@ -24,13 +25,17 @@ from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_b
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import check_packing, packed_log_probs, PackedCollator, Packer, ROUTES, Verdict
 from .cache import ReferenceCache, VisionCache
-from .model import add_adapter, cpu_threads, environment, load_model, only_here, out_of_memory, vanilla
+from .model import add_adapter, cpu_threads, environment, fold_projector, load_model, model_fingerprint, only_here, out_of_memory, train_whole, vanilla
+from .processors import copy_processor
 
 # %% ../nbs/04_trainer.ipynb #cell006
 @dataclass
 class UnlearnConfig(TrainingArguments):
     "`TrainingArguments` with the published defaults, plus what unlearning needs."
     method: str = field(default="po+pd", metadata={"help": "objective: a preset (ga gd kl po, each also +pd) or a spelling such as 'npo + kl + pd'"})
+    tuning: str = field(default="lora", metadata={"help": "lora; qlora: the same on 4-bit weights (needs bitsandbytes); full: every weight but the vision tower's"})
+    projector: str = field(default="full", metadata={"help": "full: its weights are trained; sine: W + sin(dW) (SineProject), folded into plain weights when saved"})
+    reference_copy: bool = field(default=False, metadata={"help": "keep a frozen copy of the model for kl, npo and dpo with tuning=full; an adapter needs none"})
     lora_r: int = field(default=32, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=256, metadata={"help": "scale of the adapter: its update is multiplied by alpha / r"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -63,6 +68,10 @@ class UnlearnConfig(TrainingArguments):
         self.dataloader_pin_memory &= torch.cuda.is_available()
         self._n_gpu = min(1, self.n_gpu)  # several GPUs are for torchrun: DataParallel would average what we sum
         if self.packing not in ("auto", "off", *ROUTES): raise SafeEraserError(f"packing={self.packing!r}: one of auto, off, {', '.join(ROUTES)}")
+        for name, known in (("tuning", ("lora", "qlora", "full")), ("projector", ("full", "sine"))):
+            if getattr(self, name) not in known: raise SafeEraserError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
+        if self.tuning == "full" and self.projector == "sine": raise SafeEraserError("projector='sine' belongs to an adapter; take tuning='lora' or 'qlora'")
+        if self.tuning == "full" and self.reference_cache_gib > 0: raise SafeEraserError("reference_cache_gib > 0 belongs to an adapter; with tuning='full' set it to 0")
         if self.lora_r < 1: raise SafeEraserError(f"lora_r={self.lora_r}: a rank is at least 1")
         if not 0 <= self.lora_dropout < 1: raise SafeEraserError(f"lora_dropout={self.lora_dropout}: from 0 to below 1")
 
@@ -110,7 +119,7 @@ def ask_vanilla(model, batch: dict, objective: Objective, route: str | None = No
     asked = batch["reference"] if route else rows_of(batch, objective.reference_kinds)
     if asked is None: return None
     if route and kept: return packed_predictions(kept.log_probs(model, asked, route), asked)
-    with torch.no_grad(), vanilla(model): return predict(model, asked, route)
+    with torch.no_grad(), vanilla(model) as reference: return predict(reference, asked, route)
 
 # %% ../nbs/04_trainer.ipynb #cell013
 def batch_tokens(model, batch: dict, objective: Objective,
@@ -261,6 +270,13 @@ class UnlearnTrainer(Trainer):
             self.shares, self.n_steps = {}, 0
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        "A whole model comes back as it went out; the Trainer alone would pass over weights that files call otherwise than modules do."
+        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -387,7 +403,17 @@ def plan_text(trainer: UnlearnTrainer) -> str:
             f"{steps} steps of {batch}, about {minutes:.0f} minutes{memory}" if minutes >= 1 else
             f"{args.method}: {len(data.forget)} forget items; {steps} steps of {batch}, less than a minute or so{memory}")
 
-# %% ../nbs/04_trainer.ipynb #cell042
+# %% ../nbs/04_trainer.ipynb #cell043
+def make_trainable(model: torch.nn.Module, args: UnlearnConfig, objective: Objective) -> torch.nn.Module:
+    "The model as `args.tuning` trains it; raises `SafeEraserError` where the objective wants a reference that nothing keeps."
+    if args.tuning != "full": return add_adapter(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed, args.projector)
+    if objective.reference_kinds and not args.reference_copy:
+        gib = sum(p.nbytes for p in model.parameters()) / 2**30
+        raise SafeEraserError(f"method {args.method!r} compares with the vanilla model, of which tuning='full' leaves nothing; "
+                              f"set reference_copy=true to keep a frozen copy ({gib:.1f} GiB more), or take tuning='lora'")
+    return train_whole(model, args.reference_copy and bool(objective.reference_kinds))
+
+# %% ../nbs/04_trainer.ipynb #cell045
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
             data: str | Path,            # the folder that holds `all_train.json`
             out: str | Path,             # the run folder to write
@@ -404,17 +430,17 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     record = {"schema_version": 1, "method": method, "objective": objective.weights, "model": str(model), "data": str(data), "settings": settings}
     if (before := _earlier_run(out, record)) and before["finished"]: return before
     sets, refusals = load_sets(data), load_refusals(data)
-    net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None)
+    net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None, four_bit=settings.get("tuning") == "qlora")
+    record |= {"model_fingerprint": model_fingerprint(net)}
     args = make_config(out/"checkpoints", method=method, disable_tqdm=not progress, **{"bf16": net.dtype == torch.bfloat16} | settings)
     with cpu_threads(args.threads), out_of_memory(_memory_settings(args)):
-        adapted = add_adapter(net, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
-        trainer = UnlearnTrainer(adapted, args, sets, refusals, processor, objective)
+        trainer = UnlearnTrainer(make_trainable(net, args, objective), args, sets, refusals, processor, objective)
         if trainer.is_world_process_zero():
             if progress: print(plan_text(trainer))
             with only_here(out): return _train(trainer, out, record)
         return _train(trainer, out, record)
 
-# %% ../nbs/04_trainer.ipynb #cell043
+# %% ../nbs/04_trainer.ipynb #cell046
 def _memory_settings(args: UnlearnConfig) -> str:
     return (f"pack_row_tokens (now {args.pack_row_tokens}) or, where rows are not packed, per_device_train_batch_size "
             f"(now {args.per_device_train_batch_size}; raise gradient_accumulation_steps to match), or set gradient_checkpointing=true")
@@ -433,26 +459,39 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     record |= {"steps": trainer.state.global_step, "seconds": round(result.metrics["train_runtime"], 2),
                "stopped": trainer.stopped, "history": trainer.state.log_history, "finished": True}
     if first:
-        _save_adapter(trainer.model, out)
+        save_trained(trainer.model, out, record["model"], {"method": record["method"], "seed": args.seed})
         _write_record(out, record)
         write_card(out)
     return record
 
-# %% ../nbs/04_trainer.ipynb #cell044
-def _save_adapter(adapted, out: Path):
-    "Into a folder of its own first: a full disk leaves nothing half-written."
-    writing = out/"adapter.writing"
+# %% ../nbs/04_trainer.ipynb #cell047
+def save_trained(trained,           # a PEFT model, or one trained whole
+                 out: Path,         # folder
+                 source: str,       # where the vanilla model came from
+                 identity: dict):   # `method` and `seed`, kept with a whole model
+    "Write a plain PEFT folder, or a plain model with its processor; into a folder of its own first, so that a full disk leaves nothing half-written."
+    writing = out/"model.writing"
     try:
-        adapted.save_pretrained(writing)
+        if hasattr(trained, "peft_config"): fold_projector(trained).save_pretrained(writing)
+        else: save_model(trained, writing, source, identity)
         for file in writing.iterdir(): os.replace(file, out/file.name)
     except (OSError, SafetensorError) as e:
-        raise SafeEraserError(f"{out}: the adapter cannot be written ({getattr(e, 'strerror', None) or e})") from None
+        raise SafeEraserError(f"{out}: the model cannot be written ({getattr(e, 'strerror', None) or e})") from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 
-# %% ../nbs/04_trainer.ipynb #cell045
+
+def save_model(model: torch.nn.Module, out: Path, source: str | Path, identity: dict):
+    "Write a plain model, in the precision it was loaded in, with the vanilla model's processor and `safeeraser.json`."
+    dtype = str(model.config.dtype or "float32").removeprefix("torch.")  # a name, once a checkpoint has been written
+    model.to(getattr(torch, dtype)).save_pretrained(out)
+    copy_processor(source, out)
+    (out/"safeeraser.json").write_text(json.dumps(identity, indent=1) + "\n")
+
+# %% ../nbs/04_trainer.ipynb #cell048
 def _earlier_run(out: Path, record: dict) -> dict | None:
-    "The record of the run that is in `out` already; raises where it was another one."
+    "The record of the run that is in `out` already; raises where it was another one, or its data has changed since."
+    from safeeraser.runs import data_digest
     file = out/"run.json"
     if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; --out is a folder")
     if not file.exists(): return None
@@ -460,7 +499,9 @@ def _earlier_run(out: Path, record: dict) -> dict | None:
     for key in _RUN_KEYS:
         if before.get(key) != record[key]:
             raise SafeEraserError(f"{out} holds another run ({key} was {before.get(key)!r}, now {record[key]!r}); name another --out folder")
+    if (begun := before.get("data_digest")) and begun != data_digest(record["data"]):
+        raise SafeEraserError(f"{out} was begun with other records or images in {record['data']}; put them back or name another --out folder")
     return before
 
-# %% ../nbs/04_trainer.ipynb #cell046
+# %% ../nbs/04_trainer.ipynb #cell049
 def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change lands: `make test` calls it with .venv/bin first on PATH.
+# Everything that must hold before a change lands: `make test` and, with --all, `make test-all`
+# call it with .venv/bin first on PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,4 +35,4 @@ python scripts/run_notebooks.py
 
 # 3. What crosses modules.
 echo "== pytest"
-python -m pytest -q tests
+if [ "${1-}" = --all ]; then python -m pytest -q tests; else python -m pytest -q -m "not slow" tests; fi

@@ -1,7 +1,7 @@
 """A tiny random model of each family of vision-language models, with the family's own processor.
 
-Two parts of a processor are stood in for: videos, whose class needs torchvision to be more than a name, and
-`num2words`, which SmolVLM wants for videos only. Pictures go the way they go in earnest.
+Where a processor reads videos too and torchvision is absent, it is the one of `safeeraser.processors`. Pictures go the
+way they go in earnest.
 """
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.video_processing_utils import BaseVideoProcessor
+
+from safeeraser.processors import image_only, NoVideos
 
 WORDS = ("what is this thing in the picture and how could one hide or make it here take a red blue ring ball box away "
          "put under left right side no sorry i cannot help with that looks nice USER: ASSISTANT:").split()
@@ -38,12 +38,6 @@ TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_atte
 CLIP = TOWER | dict(model_type="clip_vision_model", projection_dim=16)
 SIGLIP = TOWER | dict(model_type="siglip_vision_model", vision_use_head=False)
 IMAGE = dict(image_token_id=ID["<image>"])
-
-
-class NoVideos(BaseVideoProcessor):
-    "Stands where a processor wants something for videos."
-    num_frames = fps = 1
-    def __init__(self): pass
 
 
 def tokenizer():
@@ -75,10 +69,7 @@ class Family:
 
     def make_processor(self, chat_template: str | None = None):
         "The family's own processor, with words for tokens."
-        videos, cls = {}, getattr(transformers, self.name + "Processor")
-        if self.videos:  # transformers would look NoVideos up among classes that need torchvision
-            videos = {"video_processor": NoVideos()}
-            cls = type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda self, name, argument: type(argument)})
+        videos, cls = {"video_processor": NoVideos()} if self.videos else {}, image_only(getattr(transformers, self.name + "Processor"))
         return cls(self.pictures(), tokenizer(), **videos, chat_template=chat_template or template(self.image), **self.processor)
 
     def make_model(self):
@@ -90,7 +81,6 @@ class Family:
         return model.eval()
 
 
-processing_smolvlm.num2words = processing_smolvlm.num2words or str
 PATCHES = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
 
 

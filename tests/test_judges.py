@@ -187,6 +187,7 @@ def killed_at_random(work, out, whole: bytes, seconds: float, times=20):
     assert out.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_judgement_killed_at_random_moments(server, tmp_path):
     def work(out, cache):
         judge = server_judge(client(server, cache), progress=False)
@@ -198,6 +199,7 @@ def test_a_judgement_killed_at_random_moments(server, tmp_path):
     killed_at_random(lambda: work(tmp_path / "out.jsonl", tmp_path), tmp_path / "out.jsonl", (tmp_path / "whole.jsonl").read_bytes(), time.perf_counter() - start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["here", "server"])
 def test_generation_killed_at_random_moments(where, tiny, tmp_path):
     with scripted(answer=speak, model="merged") as server:

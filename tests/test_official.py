@@ -1,24 +1,41 @@
 """The official layout with its quirks is read, faults are all named, and other tables come into the same form."""
 import csv
+import io
 import json
 import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from safeeraser.data import SafeEraserError, load_image, load_sets
-from safeeraser.official import Asked, check_dataset, convert, look_at, read_table
+from safeeraser import data as data_module
+from safeeraser.data import Encoder, load_image, load_refusals, load_sets, open_image, Record, SafeEraserError, settings_of
+from safeeraser.official import Asked, check_dataset, convert, look_at, make_answers, read_table
 from safeeraser.world import World, write_dataset
+
+QUIET = dict(progress=False)
 
 
 def run(*arguments):
-    code = "from safeeraser.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    "The command, in this process."
+    from safeeraser.cli import main
+    out, err, argv, handler, code = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT), 0
+    sys.argv = ["safeeraser", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err): main()
+    except SystemExit as e: code = e.code or 0
+    finally: sys.argv = argv; signal.signal(signal.SIGINT, handler)
+    return SimpleNamespace(code=code, out=out.getvalue(), said=[line for line in err.getvalue().splitlines() if line.startswith("safeeraser: ")])
 
 
 @pytest.fixture
@@ -26,11 +43,13 @@ def folder(tmp_path):
     return write_dataset(World(0), tmp_path / "dataset", {"train": 6, "val": 3})
 
 
+def records_of(folder, split="train"): return json.loads((folder / f"all_{split}.json").read_text())
+
+
 def edit(folder, change, split="train"):
-    file = folder / f"all_{split}.json"
-    records = json.loads(file.read_text())
+    records = records_of(folder, split)
     change(records)
-    file.write_text(json.dumps(records))
+    (folder / f"all_{split}.json").write_text(json.dumps(records))
 
 
 def with_quirks(folder):
@@ -49,46 +68,122 @@ def with_quirks(folder):
     file.write_text("\n".join(map(json.dumps, json.loads(file.read_text()))))
 
 
-def test_counts_are_those_of_the_sets(folder):
-    found, sets = check_dataset(folder, progress=False), load_sets(folder)
-    assert found["usable"] and found["problems"] == []
-    for name in ("forget", "retain", "decouple"): assert sum(found["splits"]["train"][name].values()) == len(getattr(sets, name))
-    assert found["splits"]["train"]["forget"] == {c: sum(i.category == c for i in sets.forget) for c in sorted({i.category for i in sets.forget})}
+# The official folder
+
+def test_counts_are_those_of_the_records(folder):
+    found = check_dataset(folder, **QUIET)
+    assert found["usable"] and found["problems"] == [] and found["images"] == 18
+    categories = [Path(r["image_path"]).parent.name for r in records_of(folder)]
+    assert found["splits"]["train"]["records"] == Counter(categories)
+    for name in ("forget", "retain", "decouple"): assert found["splits"]["train"][name] == {c: 4 * n for c, n in Counter(categories).items()}
 
 
 def test_quirks_are_told_not_refused(folder):
     plain = {(i.set, i.question, i.answer) for i in load_sets(folder)}
     with_quirks(folder)
-    found = check_dataset(folder, progress=False)
+    found = check_dataset(folder, **QUIET)
     assert found["usable"]
     text = "\n".join(found["quirks"])
-    for said in ("all_train.json is JSON lines", "HateSpeech is also spelt Hatespeech", "3 image paths have sub-folders", "fewer than 4 harmless pairs"): assert said in text
+    for said in ("all_train.json is JSON lines", "HateSpeech is also spelt Hatespeech", "3 image paths have sub-folders", "2 records have fewer than 4 harmless pairs"): assert said in text
     read = {(i.set, i.question, i.answer) for i in load_sets(folder)}
-    assert read < plain and {r for r in plain - read} == {r for r in plain - read if r[0] == "retain"}
+    assert read < plain and {r[0] for r in plain - read} == {"retain"}
+
+
+def test_copies_with_other_names_and_paths_below_the_folder_itself(folder):
+    "As the data set also circulates: `image_id`, `Answer`, and paths that begin at the dataset folder."
+    plain = list(load_sets(folder))
+    def change(records):
+        for r in records:
+            r["image_id"], r["SDImage_path"] = r.pop("image_path").removeprefix("dataset/"), r["SDImage_path"].removeprefix("dataset/")
+            for key in r:
+                if key.startswith("Unharm"): r[key] = {"Question": r[key]["Question"], "Answer": r[key]["Prediction"]}
+    edit(folder, change)
+    assert list(load_sets(folder)) == plain
+    assert check_dataset(folder, **QUIET)["usable"]
 
 
 @pytest.mark.parametrize("path, category", [("dataset/img/Hatespeech/3.jpg", "HateSpeech"), ("dataset/img/Sex/more/3.jpg", "Sex"), ("mine/img/other/3.jpg", "other"), ("3.jpg", "")])
-def test_category_in_the_paper_s_spelling(path, category):
-    from safeeraser.data import Record
-    assert Record(path, None, ()).category == category
+def test_category_in_the_paper_s_spelling(path, category): assert Record(path, None, ()).category == category
 
 
-@pytest.mark.parametrize("harm, said", [
-    (lambda f: edit(f, lambda r: r[2].update(unsafe_pairs=[])) or edit(f, lambda r: [r[2].pop(k) for k in list(r[2]) if k.startswith("Unharm")]), "record 2, unsafe_pairs: a non-empty list"),
-    (lambda f: edit(f, lambda r: r[1]["unsafe_pairs"][1].update(model_response=7)), r"record 1, unsafe_pairs[1].model_response"),
+def image_of(folder, k=0): return folder.parent / records_of(folder)[k]["image_path"]
+
+
+FAULTS = [
+    (lambda f: edit(f, lambda r: r[2].pop("unsafe_pairs")), "record 2, unsafe_pairs: a non-empty list"),
+    (lambda f: edit(f, lambda r: r[1]["unsafe_pairs"][1].update(model_response=7)), "record 1, unsafe_pairs[1].model_response"),
+    (lambda f: edit(f, lambda r: r[1]["unsafe_pairs"][0].update(question=" ")), "record 1, unsafe_pairs[0].question: a non-empty text"),
+    (lambda f: edit(f, lambda r: r.insert(1, 3)), "record 1, record: an object belongs here"),
+    (lambda f: edit(f, lambda r: r.clear()), "holds no record"),
     (lambda f: edit(f, lambda r: r[1].pop("SDImage_path")), "record 1, SDImage_path"),
     (lambda f: edit(f, lambda r: r[0].update(image_path="/etc/passwd")), "record 0, image_path: '/etc/passwd' leads out of the data root"),
+    (lambda f: edit(f, lambda r: r[0].update(image_path="../../etc/passwd")), "'../../etc/passwd' leads out of the data root"),
+    (lambda f: (image_of(f).unlink(), image_of(f).symlink_to("/etc/passwd")), "leads out of the data root"),
     (lambda f: edit(f, lambda r: r[0].update(image_path="dataset/img/none.png")), "no image at 'dataset/img/none.png'"),
-    (lambda f: (f.parent / json.loads((f / "all_train.json").read_text())[0]["image_path"]).write_bytes(b""), "not a readable image"),
+    (lambda f: image_of(f).write_bytes(b""), "not a readable image"),
+    (lambda f: image_of(f).write_text("hello"), "not a readable image"),
+    (lambda f: image_of(f).write_bytes(image_of(f).read_bytes()[:150]), "not a readable image"),
     (lambda f: (f / "prompt.json").write_text("{}"), "idk: a non-empty list of refusals"),
-])
-def test_each_fault_is_named_and_the_rest_still_counted(harm, said, folder):
-    harm(folder)
-    found = check_dataset(folder, progress=False)
-    assert not found["usable"] and len(found["problems"]) == 1 and said in found["problems"][0]
-    assert len(found["splits"]["val"]["records"]) and sum(found["splits"]["train"]["records"].values()) >= 5
-    assert "Traceback" not in (out := run("data", "check", folder)).stderr and out.returncode == 2 and said in out.stdout
+    (lambda f: (f / "settings.json").write_text("[3]"), "settings: an object of settings"),
+]
 
+
+@pytest.mark.parametrize("harm, said", FAULTS, ids=[said for _, said in FAULTS])
+def test_each_fault_is_named_as_the_loader_names_it_and_the_rest_still_counted(harm, said, folder):
+    def load():
+        settings_of(folder), load_refusals(folder)
+        for i in load_sets(folder): load_image(i.image)
+    load()
+    harm(folder)
+    found = check_dataset(folder, **QUIET)
+    assert not found["usable"] and len(found["problems"]) == 1 and said in found["problems"][0]
+    assert sum(found["splits"]["val"]["records"].values()) == 3
+    with pytest.raises(SafeEraserError): load()
+    out = run("data", "check", folder)
+    assert out.code == 2 and len(out.said) == 1 and said in out.said[0] and "val       all" in out.out
+
+
+@pytest.mark.parametrize("path, said", [("none", "no all_train.json there"), ("dataset/all_train.json", "no all_train.json there"), ("bad", "line 1: neither a JSON list nor JSON lines")])
+def test_what_is_no_data_set(path, said, folder, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "all_train.json").write_text("no json")
+    out = run("data", "check", tmp_path / path)
+    assert out.code == 2 and len(out.said) == 1 and said in out.said[0]
+
+
+def test_the_report_as_json_whether_usable_or_not(folder):
+    assert json.loads(run("data", "check", folder, "--json").out)["usable"] is True
+    image_of(folder).write_bytes(b"")
+    out = run("data", "check", folder, "--json")
+    assert out.code == 2 and json.loads(out.out)["usable"] is False
+
+
+def test_overlap_and_doubles_go_by_content(folder):
+    val = folder.parent / records_of(folder, "val")[0]["image_path"]
+    Image.open(image_of(folder)).save(val.with_suffix(".bmp"))  # another file, the same picture
+    edit(folder, lambda r: r[0].update(image_path=val.with_suffix(".bmp").relative_to(folder.parent).as_posix()), "val")
+    edit(folder, lambda r: r[1].update(SDImage_path=r[0]["image_path"]))
+    edit(folder, lambda r: r.append(r[2]))
+    found = check_dataset(folder, **QUIET)
+    assert [b for _, b in found["overlap_with_train"]["val"]] == [val.with_suffix(".bmp").relative_to(folder.parent).as_posix()]
+    assert found["both_ways"] == [(records_of(folder, "val")[0]["image_path"], records_of(folder)[0]["image_path"])]
+    assert len(found["same_pictures"]) == 1 and found["repeated_questions"]["train"] == 8
+
+
+def test_rows_too_long_for_a_model_are_counted_as_training_counts(folder, tiny):
+    from transformers import AutoProcessor
+    edit(folder, lambda r: r[3]["unsafe_pairs"][2].update(model_response="red " * 200))
+    edit(folder, lambda r: r[4]["UnharmPair_text1"].update(Question="what is <image> ?"))
+    out = run("data", "check", folder, "--model", tiny.model)
+    n = len(Encoder(AutoProcessor.from_pretrained(tiny.model)).rows([data_module.Row("forget", load_sets(folder).forget[14], "red " * 199 + "red")])["input_ids"][0])
+    assert out.code == 2 and "rows that the model cannot take: 2" in out.out
+    assert f"record 3, unsafe_pairs[2].model_response: {n} tokens with question and image, more than 128" in out.out and "record 4, UnharmPair_text1: " in out.out
+    assert "red red red" not in out.out  # where it stands, not what it says
+    assert run("data", "check", folder).code == 0
+    assert "no processor" in run("data", "check", folder, "--model", folder).said[0]
+
+
+# Images
 
 def test_a_bomb_is_not_opened(tmp_path, monkeypatch):
     Image.new("L", (400, 400)).save(tmp_path / "big.png")
@@ -96,10 +191,49 @@ def test_a_bomb_is_not_opened(tmp_path, monkeypatch):
     assert "exceeds limit" in look_at(tmp_path / "big.png").problem
 
 
-def test_a_json_report(folder):
-    out = run("data", "check", folder, "--json")
-    assert out.returncode == 0 and json.loads(out.stdout)["usable"] is True
+@pytest.mark.filterwarnings("ignore")
+def test_however_an_image_is_broken_it_is_one_sentence(tmp_path):
+    noise, rng = Image.effect_noise((40, 30), 80).convert("RGB"), random.Random(0)
+    for form in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "PPM", "WEBP"):
+        whole = io.BytesIO()
+        noise.save(whole, form)
+        for k in range(60):
+            broken = bytearray(whole.getvalue())
+            for _ in range(rng.randint(1, 8)): broken[rng.randrange(min(200, len(broken)))] = rng.randrange(256)
+            (tmp_path / "x").write_bytes(broken[:rng.randrange(len(broken))] if k % 4 == 0 else broken)
+            try: load_image(tmp_path / "x")
+            except SafeEraserError as e: assert "x: not a readable image" in str(e)
+            assert look_at(tmp_path / "x").digest or look_at(tmp_path / "x").problem
 
+
+def test_an_image_replaced_on_disk_is_read_anew(tmp_path):
+    file = tmp_path / "1.png"
+    for colour, value in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (8, 8), colour).save(file)
+        os.utime(file, ns=(0, value[2]))
+        assert open_image(file).getpixel((0, 0)) == value
+
+
+def test_only_icons_are_kept_in_memory(tmp_path):
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "icon.png")
+    Image.new("RGB", (1000, 1000), "red").save(tmp_path / "plain.jpg", quality=10)  # a small file, 3 MB in memory
+    assert (tmp_path / "plain.jpg").stat().st_size < 2**15
+    assert open_image(tmp_path / "icon.png") is open_image(tmp_path / "icon.png")
+    assert open_image(tmp_path / "plain.jpg") is not open_image(tmp_path / "plain.jpg")
+
+
+def test_two_pictures_of_one_name_stay_two_from_record_to_pixels(tiny, tmp_path):
+    from transformers import AutoProcessor
+    def record(k): return {"image_path": f"dataset/img/{('Weapon', 'Privacy')[k]}/1.png", "unsafe_pairs": [{"question": "how is this moved ?", "model_response": "slowly"}]}
+    for k, colour in enumerate(("red", "blue")):
+        (tmp_path / record(k)["image_path"]).parent.mkdir(parents=True)
+        Image.new("RGB", (48, 48), colour).save(tmp_path / record(k)["image_path"])
+    (tmp_path / "dataset" / "all_train.json").write_text(json.dumps([record(0), record(1)]))
+    pixels = Encoder(AutoProcessor.from_pretrained(tiny.model)).prompts(load_sets(tmp_path / "dataset").forget)["pixel_values"]
+    assert pixels[0, 0].mean() > pixels[1, 0].mean() and pixels[0, 2].mean() < pixels[1, 2].mean()
+
+
+# Other data
 
 def test_two_pictures_of_one_name_stay_two_and_one_of_two_names_is_found(tmp_path):
     for name, colour in (("a/1.png", "red"), ("b/1.png", "blue"), ("c/2.png", "red")):
@@ -116,46 +250,235 @@ ROWS = [{"image": "1.png", "question": "how ?", "answer": "so", "kind": "unsafe"
 MADE = [("forget", "how ?", "so"), ("retain", "what ?", "this"), ("decouple", "how ?", "well")]
 
 
-def pictures(folder):
-    for name, colour in (("1.png", "red"), ("2.png", "green")): Image.new("RGB", (8, 8), colour).save(folder / name)
+@pytest.fixture
+def pictures(tmp_path):
+    for name, colour in (("1.png", "red"), ("2.png", "green")): Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    return tmp_path
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "folder"])
-def test_every_form_of_table(form, tmp_path):
-    pictures(tmp_path)
-    source = tmp_path / f"table.{form}"
-    if form == "csv":
-        with source.open("w", newline="") as f:
-            writer = csv.DictWriter(f, ROWS[0])
-            writer.writeheader()
-            writer.writerows(ROWS)
+def write_csv(file, rows):
+    with file.open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json", "parquet", "saved", "saved splits", "parquet folder", "image folder"])
+def test_every_form_of_table(form, pictures):
+    source = pictures / f"table.{form}"
+    if form == "csv": write_csv(source, ROWS)
     if form == "jsonl": source.write_text("\n".join(map(json.dumps, ROWS)))
-    if form in ("parquet", "folder"):
+    if form == "json": source.write_text(json.dumps(ROWS))
+    if form == "image folder":
+        source.mkdir()
+        for name in ("1.png", "2.png"): shutil.copy(pictures / name, source)
+        write_csv(source / "metadata.csv", [{"file_name" if k == "image" else k: v for k, v in r.items()} for r in ROWS])
+    if form in ("parquet", "saved", "saved splits", "parquet folder"):
         datasets = pytest.importorskip("datasets")
         features = datasets.Features({k: datasets.Image() if "image" in k else datasets.Value("string") for k in ROWS[0]})
-        full = [{k: (str(tmp_path / v) if "image" in k else v) if v else None for k, v in r.items()} for r in ROWS]
+        full = [{k: ({"bytes": (pictures / v).read_bytes(), "path": v} if "image" in k else v) if v else None for k, v in r.items()} for r in ROWS]
         table = datasets.Dataset.from_list(full, features=features)
-        table.to_parquet(source) if form == "parquet" else table.save_to_disk(source)
-    convert(read_table(source), tmp_path / "dataset")
-    sets = load_sets(tmp_path / "dataset")
+        if form == "parquet": table.to_parquet(source)
+        if form == "saved": table.save_to_disk(source)
+        if form == "saved splits": datasets.DatasetDict({"train": table}).save_to_disk(source)
+        if form == "parquet folder": table.to_parquet(source / "data" / "train-00000-of-00001.parquet")
+    convert(read_table(source), pictures / "out" / "dataset")
+    sets = load_sets(pictures / "out" / "dataset")
     assert [(i.set, i.question, i.answer) for i in sets] == MADE
     assert [load_image(i.image).getpixel((0, 0)) for i in sets] == [(255, 0, 0), (255, 0, 0), (0, 128, 0)]
+    assert [p.name for p in (pictures / "out").iterdir()] == ["dataset"]
 
 
-def test_the_layout_of_open_mmunlearning(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    pictures(tmp_path)
-    features = datasets.Features({"image": datasets.Image(), "ID": datasets.Value("string"), "metadata": [{"Question": datasets.Value("string"), "Answer": datasets.Value("string")}]})
+def test_the_layout_of_open_mmunlearning(pictures):
+    "A row an image; `metadata` is JSON text; the same image again among the harmless ones, which stand in a file of their own."
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
     def save(name, image, pairs):
-        datasets.Dataset.from_list([{"image": str(tmp_path / image), "ID": "7", "metadata": [{"Question": q, "Answer": a} for q, a in pairs]}], features=features).to_parquet(tmp_path / name)
-    save("forget.parquet", "1.png", [("how ?", "so"), ("why ?", "because")])
-    save("retain.parquet", "2.png", [(f"what {k} ?", f"this {k}") for k in range(6)])
-    out = run("data", "convert", tmp_path / "forget.parquet", "--harmless", tmp_path / "retain.parquet", "--out", tmp_path / "dataset")
-    assert out.returncode == 0, out.stderr
-    sets = load_sets(tmp_path / "dataset")
+        metadata = json.dumps([{"ID": f"forget:0:{k}", "Question": q, "Answer": a} for k, (q, a) in enumerate(pairs)])
+        rows = [{"image": {"bytes": (pictures / image).read_bytes(), "path": None}, "ID": "forget:0", "metadata": metadata, "source_split": "forget", "qa_count": len(pairs)}]
+        (pictures / name).mkdir()
+        parquet.write_table(pa.Table.from_pylist(rows), pictures / name / "train-00000-of-00001.parquet")
+    save("forget", "1.png", [("how ?", "so"), ("why ?", "because")])
+    save("retain", "1.png", [(f"what {k} ?", f"this {k}") for k in range(6)])
+    out = run("data", "convert", pictures / "forget", "--harmless", pictures / "retain", "--out", pictures / "dataset")
+    assert out.code == 0, out.said
+    sets, records = load_sets(pictures / "dataset"), records_of(pictures / "dataset")
     assert [(i.question, i.answer) for i in sets.forget] == [("how ?", "so"), ("why ?", "because")] and sets.decouple == []
     assert [(i.question, i.answer) for i in sets.retain] == [(f"what {k} ?", f"this {k}") for k in range(6)]
-    assert "no prompt-decouple set" in run("data", "check", tmp_path / "dataset").stdout
+    assert len({r["image_path"] for r in records}) == 1 and "UnharmPair_text1" in records[0]
+    assert "no prompt-decouple set" in run("data", "check", pictures / "dataset").out
+
+
+def test_several_safe_partners_and_categories(pictures):
+    Image.new("RGB", (8, 8), "blue").save(pictures / "3.png")
+    rows = [{"image": "1.png", "question": f"how {k} ?", "answer": f"so {k}", "category": "hatespeech", "safe_image": f"{2 + k}.png", "safe_answer": f"well {k}"} for k in (0, 1)]
+    convert(read_table(write_csv(pictures / "t.csv", rows)), pictures / "dataset")
+    sets = load_sets(pictures / "dataset")
+    assert {i.category for i in sets} == {"HateSpeech"} and len(records_of(pictures / "dataset")) == 2
+    assert [(f.answer, d.answer, load_image(d.image).getpixel((0, 0))) for f, d in zip(sets.forget, sets.decouple)] == [("so 0", "well 0", (0, 128, 0)), ("so 1", "well 1", (0, 0, 255))]
+
+
+def test_a_second_split_joins_the_first(pictures):
+    for split in ("train", "val"): assert run("data", "convert", write_csv(pictures / "t.csv", ROWS), "--out", pictures / "dataset", "--split", split).code == 0
+    assert [(i.set, i.question, i.answer) for i in load_sets(pictures / "dataset", "val")] == MADE
+    assert "is there already" in run("data", "convert", pictures / "t.csv", "--out", pictures / "dataset").said[0]
+    assert len(check_dataset(pictures / "dataset", **QUIET)["overlap_with_train"]["val"]) == 2
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"question": ""}, "record 1, question: a non-empty text"), ({"question": 3}, "record 1, question: a non-empty text belongs here, found 3"), ({"answer": None}, "record 1, answer: a non-empty text"),
+    ({"kind": "bad"}, "record 1, kind: unsafe or harmless"), ({"image": "../x.png"}, "record 1, image: '../x.png' leads out"), ({"image": "/etc/passwd"}, "leads out"),
+    ({"image": "none.png"}, "record 1, image: no image"), ({"image": "t.jsonl"}, "record 1, image: not a readable image"), ({"safe_answer": ""}, "record 1, safe_answer: a non-empty text"), ({"safe_image": ""}, "record 1, safe_image: missing, though other"),
+    ({"image": {"bytes": None, "path": None}}, "record 1, image: a non-empty text")])
+def test_bad_rows_are_named_and_nothing_is_written(row, said, pictures):
+    (pictures / "t.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[0] | row))
+    out = run("data", "convert", pictures / "t.jsonl", "--out", pictures / "dataset")
+    assert out.code == 2 and len(out.said) == 1 and said in out.said[0]
+    assert sorted(p.name for p in pictures.iterdir()) == ["1.png", "2.png", "t.jsonl"]
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("t.xlsx", b"", "a .csv, .jsonl"), ("t.csv", "image,question\n1.png,größer ?".encode("latin-1"), "t.csv: cannot be read"), ("t.csv", b'image,question\n"1.png,how', "t.csv: cannot be read"),
+    ("t.csv", b"", "holds no question"), ("t.json", b"[]", "holds no question"), ("t.json", b"[3]", "record 0, row: an object"), ("t.jsonl", b'{"image":', "line 1: neither a JSON list"),
+    ("t.csv", b"file,q,answer\n1.png,how ?,so", "no such column among file, q, answer; --column image=THEIRS"), ("t.parquet", b"PAR1", "t.parquet: cannot be read"),
+    ("t.json", json.dumps([{"image": "1.png", "metadata": "[3"}]).encode(), "metadata: a list of Question and Answer"),
+    ("t.json", json.dumps([{"image": "1.png", "metadata": [{"Answer": "so"}]}]).encode(), "question: a non-empty text"), ("t/x", b"", "neither saved by `datasets`"), ("t/state.json", b"{}", "t: cannot be read")])
+def test_bad_tables(name, content, said, pictures):
+    (pictures / name).parent.mkdir(exist_ok=True)
+    (pictures / name).write_bytes(content)
+    out = run("data", "convert", pictures / name.split("/")[0], "--out", pictures / "dataset")
+    assert out.code == 2 and len(out.said) == 1 and said in out.said[0]
+    assert not list(pictures.glob("*dataset*"))
+
+
+def test_other_columns_and_places(pictures):
+    (pictures / "t.jsonl").write_text(json.dumps({"file": "1.png", "q": "how ?", "a": "so"}))
+    assert "no such file" in run("data", "convert", pictures / "none.csv", "--out", pictures / "d").said[0]
+    assert "--column x" in run("data", "convert", pictures / "t.jsonl", "--out", pictures / "d", "--column", "x=q").said[0]
+    columns = [a for c in ("image=file", "question=q", "answer=a") for a in ("--column", c)]
+    for out, said in ((pictures / "1.png", "is a file"), (pictures / "1.png" / "d", "cannot be written")):
+        done = run("data", "convert", pictures / "t.jsonl", "--out", out, *columns)
+        assert done.code == 2 and said in done.said[0]
+    assert run("data", "convert", pictures / "t.jsonl", "--out", pictures / "d", *columns).code == 0
+    assert load_sets(pictures / "d").forget[0].answer == "so"
+
+
+def test_a_full_disk_leaves_nothing(pictures):
+    Image.effect_noise((300, 300), 90).save(pictures / "1.png")
+    write_csv(pictures / "t.csv", ROWS)
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from safeeraser.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "data", "convert", pictures / "t.csv", "--out", pictures / "dataset"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "too large" in done.stderr
+    assert sorted(p.name for p in pictures.iterdir()) == ["1.png", "2.png", "t.csv"]
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+def memory(what): return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # MiB; ru_maxrss would begin at the parent's
+"""
+on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+
+
+def measured(code, *arguments):
+    "What a new process prints last: MiB."
+    done = subprocess.run([sys.executable, "-c", MEMORY + code, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+CONVERT = """
+from safeeraser.official import convert, read_table
+import pyarrow.parquet
+most = [memory("RssAnon")]
+def watched(rows):
+    for r in rows:
+        most.append(memory("RssAnon"))
+        yield r
+convert(watched(read_table(sys.argv[1])), sys.argv[2])
+print(max(most) - most[0])
+"""
+
+
+@on_linux
+def test_images_only_pass_through_memory(tmp_path):
+    "300 images of 1 MB in a single page of a parquet file."
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    def image(k):
+        file, picture = io.BytesIO(), Image.new("RGB", (600, 600))
+        picture.putpixel((0, 0), (k % 256, k // 256, 9))
+        picture.save(file, "BMP")
+        return file.getvalue()
+    table = pa.Table.from_pylist([{"image": {"bytes": image(k), "path": None}, "metadata": json.dumps([{"Question": "how ?", "Answer": "so"}])} for k in range(300)])
+    parquet.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    assert (tmp_path / "t.parquet").stat().st_size > 300e6
+    del table
+    assert measured(CONVERT, tmp_path / "t.parquet", tmp_path / "dataset") < 160
+
+
+# Answers of the vanilla model
+
+ASK = dict(max_new_tokens=4, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_answers_of_the_vanilla_model(form, tiny, pictures):
+    from safeeraser.generate import answer_batch
+    from safeeraser.model import load_model
+    source = pictures / f"t.{form}"
+    if form == "jsonl": source.write_text("\n".join(json.dumps({k: v for k, v in r.items() if "answer" not in k}) for r in ROWS))
+    else:
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pa.Table.from_pylist([{k: {"bytes": (pictures / v).read_bytes()} if "image" in k and v else v or None for k, v in r.items() if "answer" not in k} for r in ROWS]), source)
+    out = run("data", "make-answers", source, "--model", tiny.model, "--out", pictures / "dataset", "--max-new-tokens", "4")
+    assert out.code == 0, out.said
+    sets, (model, processor) = load_sets(pictures / "dataset"), load_model(tiny.model, "cpu")
+    assert [(i.set, i.question) for i in sets] == [(s, q) for s, q, _ in MADE]
+    for item in sets: assert item.answer == answer_batch(model, Encoder(processor), [item], 4)[0]
+    assert not list(pictures.glob(".*"))
+
+
+def many(pictures, n=6): return [Asked(pictures / f"{1 + k % 2}.png", f"what {k} ?", kind="harmless" if k % 3 == 0 else "unsafe") for k in range(n)]
+
+
+def test_an_interrupted_run_goes_on_unless_an_image_was_replaced(tiny, pictures, monkeypatch):
+    from safeeraser.generate import Asker
+    asked, ask = [], Asker.ask
+    def once(self, batch):
+        if asked: raise KeyboardInterrupt
+        asked.extend(batch)
+        return ask(self, batch)
+    undisturbed = pictures / "undisturbed" / "dataset"
+    make_answers(tiny.model, many(pictures), undisturbed, batch_size=2, **ASK)
+    monkeypatch.setattr(Asker, "ask", once)
+    with pytest.raises(KeyboardInterrupt): make_answers(tiny.model, many(pictures), pictures / "dataset", batch_size=2, **ASK)
+    assert not (pictures / "dataset").exists()
+    monkeypatch.setattr(Asker, "ask", lambda self, batch: asked.extend(batch) or ask(self, batch))
+    kept = (pictures / "1.png").read_bytes()
+    Image.new("RGB", (8, 8), "blue").save(pictures / "1.png")
+    with pytest.raises(SafeEraserError, match="begun with other"): make_answers(tiny.model, many(pictures), pictures / "dataset", batch_size=2, **ASK)
+    (pictures / "1.png").write_bytes(kept)
+    make_answers(tiny.model, many(pictures), pictures / "dataset", batch_size=2, **ASK)
+    assert len(asked) == 6 and sorted(p.name for p in pictures.iterdir()) == ["1.png", "2.png", "dataset", "undisturbed"]
+    assert (pictures / "dataset" / "all_train.json").read_text() == (undisturbed / "all_train.json").read_text()
+
+
+def test_empty_answers_are_left_out_and_counted(tiny, pictures, monkeypatch):
+    from safeeraser.generate import Asker
+    monkeypatch.setattr(Asker, "ask", lambda self, batch: ["" if r.item.question in ("what 0 ?", "what 1 ?", "what 5 ?") else "so" for r in batch])
+    assert make_answers(tiny.model, many(pictures), pictures / "dataset", **ASK) == (2, 3)
+    assert {(i.set, i.question) for i in load_sets(pictures / "dataset")} == {("forget", "what 2 ?"), ("retain", "what 3 ?"), ("forget", "what 4 ?")}
+
+
+def test_bad_models_and_settings_leave_nothing(tiny, pictures):
+    write_csv(pictures / "t.csv", ROWS)
+    (pictures / "empty").mkdir()
+    for more, said in ((["--model", pictures / "empty"], "no config.json there"), (["--model", tiny.model, "--out", pictures / "1.png"], "is a file")):
+        done = run("data", "make-answers", pictures / "t.csv", "--out", pictures / "dataset", *more)
+        assert done.code == 2 and len(done.said) == 1 and said in done.said[0]
+    assert sorted(p.name for p in pictures.iterdir()) == ["1.png", "2.png", "empty", "t.csv"]
 
 
 def test_data_without_safe_images_trains_without_pd_only(tiny, tmp_path):
@@ -172,92 +495,86 @@ def test_data_without_safe_images_trains_without_pd_only(tiny, tmp_path):
         unlearn(tiny.model, tmp_path / "dataset", tmp_path / "gd+pd", "gd+pd", **settings)
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"question": ""}, "record 0, question: a non-empty text"), ({"kind": "bad"}, "record 0, kind: unsafe or harmless"), ({"image": "../x.png"}, "record 0, image: '../x.png' leads out"),
-    ({"image": "none.png"}, "record 0, image: no image"), ({"safe_answer": ""}, "record 0, safe_answer: a non-empty text")])
-def test_bad_rows_are_named_and_nothing_is_written(row, said, tmp_path):
-    pictures(tmp_path)
-    (tmp_path / "t.jsonl").write_text(json.dumps(ROWS[0] | row))
-    out = run("data", "convert", tmp_path / "t.jsonl", "--out", tmp_path / "dataset")
-    assert out.returncode == 2 and said in out.stderr and len(out.stderr.splitlines()) == 1
-    assert not (tmp_path / "dataset" / "all_train.json").exists()
+def test_a_run_does_not_go_on_with_an_image_that_was_replaced(tiny, tmp_path):
+    from safeeraser.trainer import unlearn
+    shutil.copytree(tiny.data.parent, tmp_path / "w")
+    data = tmp_path / "w" / "dataset"
+    again = lambda: unlearn(tiny.model, data, tmp_path / "run", "ga", progress=False, max_steps=1, lora_r=4, use_cpu=True, save_strategy="no")
+    first, image = again(), image_of(data)
+    kept = image.read_bytes()
+    Image.new("RGB", (48, 48), "blue").save(image)
+    with pytest.raises(SafeEraserError, match="begun with other records or images"): again()
+    image.write_bytes(kept)
+    assert again() == json.loads(json.dumps(first))
 
 
-def test_other_sources_and_columns(tmp_path):
-    pictures(tmp_path)
-    (tmp_path / "t.xlsx").write_text("")
-    assert "a .csv, .jsonl" in run("data", "convert", tmp_path / "t.xlsx", "--out", tmp_path / "d").stderr
-    assert "no such file" in run("data", "convert", tmp_path / "none.csv", "--out", tmp_path / "d").stderr
-    (tmp_path / "t.jsonl").write_text(json.dumps({"file": "1.png", "q": "how ?", "a": "so"}))
-    assert "--column x" in run("data", "convert", tmp_path / "t.jsonl", "--out", tmp_path / "d", "--column", "x=q").stderr
-    assert run("data", "convert", tmp_path / "t.jsonl", "--out", tmp_path / "d", *(a for c in ("image=file", "question=q", "answer=a") for a in ("--column", c))).returncode == 0
-    assert load_sets(tmp_path / "d").forget[0].answer == "so"
-
-
-def test_answers_of_the_vanilla_model(tiny, tmp_path):
-    from safeeraser.generate import answer_batch
-    from safeeraser.data import Encoder
-    from safeeraser.model import load_model
-    pictures(tmp_path)
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({k: v for k, v in r.items() if "answer" not in k}) for r in ROWS))
-    out = run("data", "make-answers", tmp_path / "t.jsonl", "--model", tiny.model, "--out", tmp_path / "dataset", "--max-new-tokens", "4")
-    assert out.returncode == 0, out.stderr
-    sets, (model, processor) = load_sets(tmp_path / "dataset"), load_model(tiny.model, "cpu")
-    for item in sets: assert item.answer == answer_batch(model, Encoder(processor), [item], 4)[0]
-    assert not list((tmp_path / "dataset").glob(".answers*"))
-
+# The official size
 
 @pytest.fixture(scope="module")
 def official_size(tmp_path_factory):
-    "2,400 records and 3,000 small images; the world's own make 540, copied under new names."
+    "2,400 records and 3,000 pictures of 256 x 256: small files, 590 MB were they all decoded at once. Beside it `lean`, the same with a question of each set, and `few`, 100 of these."
     root = tmp_path_factory.mktemp("official")
-    data = write_dataset(World(0), root / "dataset", {"train": 60, "val": 2})
-    records = json.loads((data / "all_train.json").read_text())
-    for k in range(2400 - 60):
-        r = json.loads(json.dumps(records[k % 60]))
-        source = Image.open(root / r["image_path"])
-        source.putpixel((0, 0), (k % 256, k // 256, 7))
-        r["image_path"] = str(Path(r["image_path"]).with_name(f"copy_{k}.png"))
-        source.save(root / r["image_path"])
-        if k % 4 == 0:
-            safe = Path(r["SDImage_path"]).with_name(f"copy_{k}.png")
-            shutil.copy(root / r["SDImage_path"], root / safe)
-            r["SDImage_path"] = str(safe)
-        records.append(r)
+    data = write_dataset(World(0), root / "dataset", {"train": 60})
+    made = records_of(data)
+    def picture(old, folder, k):
+        image = Image.open(root / old).resize((256, 256))
+        image.paste((k % 256, k // 256 * 20, 7), (0, 0, 16, 16))
+        path = f"{folder}/{k}.jpg"
+        image.save(root / path, quality=60)
+        return path
+    folders = {c: Path("dataset/img", c) for c in {Path(r["image_path"]).parent.name for r in made}}
+    (data / "pdset/image/Sex/train/more").mkdir(parents=True)
+    safe = [picture(made[k % 60]["SDImage_path"], "dataset/pdset/image/Sex/train/more", k) for k in range(600)]
+    records = [r | {"image_path": picture(r["image_path"], folders[Path(r["image_path"]).parent.name].as_posix(), k), "SDImage_path": safe[k % 600]}
+               for k, r in ((k, made[k % 60]) for k in range(2400))]
     (data / "all_train.json").write_text(json.dumps(records))
+    lean = [{k: v[:1] if k == "unsafe_pairs" else v for k, v in r.items() if k not in ("UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2")} for r in records]
+    for name, size in (("lean", 2400), ("few", 100)):
+        (root / name).mkdir()
+        (root / name / "all_train.json").write_text(json.dumps(lean[:size]))
+        shutil.copy(data / "prompt.json", root / name)
     return data
 
 
 def test_an_official_size_folder_is_checked_in_under_a_minute(official_size):
     start = time.perf_counter()
-    found = check_dataset(official_size, progress=False)
+    found = check_dataset(official_size, **QUIET)
     assert time.perf_counter() - start < 60
-    assert found["images"] >= 3000 and found["usable"]
+    assert found["images"] == 3000 and found["usable"] and found["same_pictures"] == []
+    assert sum(found["splits"]["train"]["forget"].values()) == 9600
 
 
-MEMORY = """
-import sys, resource
+TRAIN = """
 from safeeraser.trainer import unlearn
-unlearn(sys.argv[1], sys.argv[2], sys.argv[3], "gd+pd", progress=False, max_steps=3, lora_r=4, use_cpu=True, save_strategy="no", num_train_epochs=1,
-        per_device_train_batch_size=4, gradient_accumulation_steps=1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+unlearn(sys.argv[1], sys.argv[2], sys.argv[3], "gd+pd", progress=False, num_train_epochs=1, lora_r=4, use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=20, gradient_accumulation_steps=1)
+print(memory("VmHWM"))
 """
 
 
+@on_linux
+@pytest.mark.slow
 def test_training_s_memory_does_not_grow_with_the_folder(official_size, tiny, tmp_path):
-    peak = lambda data: float(subprocess.run([sys.executable, "-c", MEMORY, str(tiny.model), str(data), str(tmp_path / data.parent.name)], capture_output=True, text=True, check=True).stdout.split()[-1])
-    assert peak(official_size) < peak(tiny.data) + 60  # MiB: the texts of 2,400 records
+    "An epoch that sees each image."
+    few, lean = (measured(TRAIN, tiny.model, official_size.parent / name, tmp_path / name) for name in ("few", "lean"))
+    assert lean < few + 100  # texts, and the tower's 4 kB an image
 
 
-def test_the_path_of_a_new_user(folder, tiny, tmp_path):
-    "The five commands, on 60 records with the official quirks."
-    data = write_dataset(World(1), tmp_path / "mine" / "dataset", {"train": 60, "val": 6})
+# A new user
+
+def test_the_path_of_a_new_user(tiny, tmp_path, monkeypatch):
+    "The five commands of the README, word for word but for the model, on 60 records with the official quirks."
+    data = write_dataset(World(1), tmp_path / "dataset", {"train": 60, "val": 6})
     with_quirks(data)
-    out = tmp_path / "run"
-    fast = [a for s in ("max_steps=2", "lora_r=4", "use_cpu=true") for a in ("--set", s)]
-    for command in (["data", "check", data], ["unlearn", "--model", tiny.model, "--data", data, "--method", "po+pd", "--out", out, *fast],
-                    ["generate", "--model", tiny.model, "--adapter", out, "--data", data, "--out", out / "responses.jsonl", "--max-new-tokens", 4],
-                    ["judge", out / "responses.jsonl", "--judge", "rule", "--out", out / "judged.jsonl"], ["report", out]):
+    (data / "settings.json").write_text(json.dumps({"unlearn": {"default": {"max_steps": 2, "lora_r": 4, "use_cpu": True}}, "generate": {"max_new_tokens": 4}}))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if b.startswith("safeeraser data check"))
+    commands = [line.replace("llava-hf/llava-1.5-7b-hf", str(tiny.model)).split()[1:] for line in block.splitlines()]
+    assert [c[0] for c in commands] == ["data", "unlearn", "generate", "judge", "report"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
         done = run(*command)
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-    assert "PO+PD" in done.stdout and (out / "report.html").exists()
+        assert done.code == 0, (command, done.out, done.said)
+        if command[0] == "data": assert all(said in done.out for said in ("JSON lines", "Hatespeech", "sub-folders", "is usable"))
+    assert "PO+PD" in done.out and (tmp_path / "runs" / "po+pd" / "report.html").exists()
+    assert len((tmp_path / "runs" / "po+pd" / "judged.jsonl").read_text().splitlines()) == 4 * 60 + 3 * 4 * 6
