@@ -8,7 +8,7 @@ __all__ = ['app', 'Model', 'Data', 'Url', 'data_app', 'Source', 'Harmless', 'Col
            'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'main']
 
 # %% ../nbs/09_cli.ipynb #cell003
-import json, os, signal, sys
+import json, logging, os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -457,6 +457,7 @@ def _interrupted(*_):
 def main():
     "The `safeeraser` command."
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells on every start that some kernel of its own is absent
     try:
         app()
     except (ValueError, OSError) as e:
