@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'safeeraser.specificity._own_environment': ( 'specificity.html#_own_environment',
                                                                                      'safeeraser/specificity.py'),
                                         'safeeraser.specificity._record': ('specificity.html#_record', 'safeeraser/specificity.py'),
+                                        'safeeraser.specificity._said': ('specificity.html#_said', 'safeeraser/specificity.py'),
                                         'safeeraser.specificity._score': ('specificity.html#_score', 'safeeraser/specificity.py'),
                                         'safeeraser.specificity.lmms_command': ( 'specificity.html#lmms_command',
                                                                                  'safeeraser/specificity.py'),

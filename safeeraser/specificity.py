@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'Benchmark', 'read_lmms', 'lmms_command', 'specificity'
            'specificity_row', 'specificity_text']
 
 # %% ../nbs/22_specificity.ipynb #cell003
-import json, os, subprocess
+import json, os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +103,12 @@ def _check(model: Path, run: Path, python: str):
     if not there: raise SafeEraserError(f"{python}: lmms-eval is not installed there; {_INSTALL}")
 
 
+def _said(log: Path) -> str:
+    "What lmms-eval called the error, if it did; it may end with exit code 0 all the same."
+    said = re.findall(r"Error during evaluation: (.*?)\.? Please set", log.read_text(encoding="utf-8", errors="replace"))
+    return f" ({said[-1][:200]})" if said else ""
+
+
 def specificity(model: str | Path,          # a merged model's folder
                 run: str | Path,            # the run folder that it belongs to; gets specificity.json
                 python: str,                # of the environment that has lmms-eval
@@ -118,7 +124,7 @@ def specificity(model: str | Path,          # a merged model's folder
     with (out/"log.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(lmms_command(model, tasks, out, python, **kwargs), stdout=log, stderr=subprocess.STDOUT, env=_own_environment())
     new = set(out.rglob("*_results.json")) - before
-    if done.returncode or len(new) != 1: raise SafeEraserError(f"lmms-eval ended without results (exit code {done.returncode}); its log is {out/'log.txt'}")
+    if done.returncode or len(new) != 1: raise SafeEraserError(f"lmms-eval ended without results{_said(out/'log.txt')}; its log is {out/'log.txt'}")
     found = {"schema_version": SCHEMA_VERSION, "model": str(model), "by": "lmms-eval", "tasks": read_lmms(new.pop())}
     write_whole(run/"specificity.json", json.dumps(found, indent=1) + "\n")
     return found

@@ -54,7 +54,7 @@ def test_every_measure_by_hand():
     expected = {"asr_efficacy": 2 / 4, "rr_efficacy": 1 / 4, "asr_generality": 1 / 4, "rr_generality": 2 / 4, "sarr": 3 / 5,
                 "safe_answer_accuracy": 1 / 5, "sarr_held_out": 0, "safe_answer_accuracy_held_out": 1 / 2, "utility_accuracy": 1 / 4,
                 "rouge_l_precision": (1 + 2 / 3 + 2 / 3 + 0) / 4, "rouge_l_f1": (1 + 2 / 3 + 2 / 3 + 0) / 4}
-    assert set(expected) == set(MEASURES)
+    assert set(expected) == set(MEASURES) - {"gpt_eval", "specificity"}  # a model judge's, and another tool's
     assert {k: line[k] for k in expected} == pytest.approx(expected)
     assert set(line) == {"method", "seed", "seconds"} | {k + s for k in MEASURES for s in ("", "_n", "_lo", "_hi", "_unscored")}
     assert (line["sarr_n"], line["sarr_unscored"], line["seconds"]) == (5, 0, 2.0)

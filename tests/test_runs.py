@@ -16,13 +16,13 @@ FAST = ["max_steps=2", "lora_r=4", "lora_alpha=8", "use_cpu=true", "save_strateg
 SETS = [a for s in FAST for a in ("--set", s)]
 
 
-def run(*arguments, **env):
+def run(*arguments, cwd=None, **env):
     code = "from safeeraser.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env)
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env)
 
 
-def fails(said, *arguments, **env):
-    done = run(*arguments, **env)
+def fails(said, *arguments, cwd=None, **env):
+    done = run(*arguments, cwd=cwd, **env)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -96,7 +96,8 @@ def test_bad_configurations(tmp_path, tiny):
 
 
 def test_the_paper_s_preset_goes_as_far_as_the_weights(tiny, tmp_path):
-    fails("llava-hf/llava-1.5-7b-hf: cannot be loaded", "unlearn", "--preset", "paper-7b", "--method", "po+pd", "--model", "llava-hf/llava-1.5-7b-hf", "--data", tiny.data, "--out", tmp_path / "o")
+    fails("llava-hf/llava-1.5-7b-hf: cannot be loaded", "unlearn", "--preset", "paper-7b", "--method", "po+pd", "--model", "llava-hf/llava-1.5-7b-hf", "--data", tiny.data, cwd=tmp_path)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_folder_of_an_older_schema(runs, tmp_path):
