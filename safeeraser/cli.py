@@ -273,9 +273,9 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
         found = _model_judge(judge, model, server, view, data, at_once)
         if dry_run: return print(_cost(found, rows, server, model))
         if out is None: raise SafeEraserError("--out is missing: the file to write")
-        from safeeraser.judges import judge_with
+        from safeeraser.judges import judge_with, result_name
         rows, trials = judge_with(found, rows, trust)
-        name = found.name
+        name = result_name(found, trials, trust)
     write_rows(out, rows)
     print(f"judge: {name}")
     for q, t in trials.items(): print(f"{q:11} {t}{'' if t.passed else ': scored only because of --trust' if trust else ': scores nothing'}")

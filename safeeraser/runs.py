@@ -59,6 +59,8 @@ def configuration(file: str | Path | None = None, preset_name: str | None = None
     base = preset(name, world_size) if (name := preset_name or config.get("preset")) else {}
     merged = base | config | {k: v for k, v in (overrides or {}).items() if v is not None}
     merged["settings"] = _numbers(base.get("settings", {}) | config.get("settings", {}) | (settings or {}))
+    seed = merged["settings"].pop("seed", None)
+    if merged.get("seed") is None and seed is not None: merged["seed"] = int(seed)
     if merged.get("method") and not merged.get("out"): merged["out"] = _folder(merged)
     for key in ("model", "data", "method"):
         if not merged.get(key): raise SafeEraserError(f"{key} is missing: give --{key}{f' or write it into {file}' if file else ', or a --config file that has it'}")

@@ -113,8 +113,11 @@ class Server:
         check_url(self.url)
         try: import httpx, openai
         except ImportError: raise SafeEraserError("the openai client is needed to talk to a server; pip install 'safeeraser[server]'") from None
+        key, address = os.environ.get("OPENAI_API_KEY"), httpx.URL(self.url)
+        if key and address.scheme == "http" and address.host not in ("localhost", "127.0.0.1", "::1"):
+            raise SafeEraserError(f"{self.url}: the key in OPENAI_API_KEY would travel unencrypted; use https, or unset it for a server that wants none")
         http = httpx.Client(transport=limited_transport(self.timeout), follow_redirects=False, timeout=self.timeout)
-        self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, http_client=http)
+        self.client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=0, http_client=http)
         self.identity = self._identity()
 
     def _identity(self) -> str:

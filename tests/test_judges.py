@@ -45,8 +45,9 @@ def test_a_right_server_gives_right_verdicts(server):
         assert value(row, judge.name, "refusal") == row["response"].startswith("I'm sorry")
         assert value(row, judge.name, "meaningful") == (row["response"] in (SAID[0], SAID[3]))
         assert value(row, judge.name, "unsafe") == ((row["response"] == SAID[0]) if row["set"] == "forget" else None)
-        assert value(row, judge.name, "quality") == (.5 if row["set"] == "retain" else None)
-    assert result_row(judged)["gpt_eval"] == .5
+        shared = sum(w in row["response"].lower().split() for w in row["reference"].split()) / 5
+        assert value(row, judge.name, "quality") == (pytest.approx(shared) if row["set"] == "retain" else None)
+    assert result_row(judged)["gpt_eval"] == pytest.approx(sum(value(r, judge.name, "quality") for r in judged if r["set"] == "retain") / 4)
 
 
 def test_the_view_says_what_is_seen(server, tmp_path):
@@ -90,7 +91,14 @@ def test_a_failed_call_is_unscored_and_in_no_denominator(name, server):
 def test_other_words_are_no_verdict(said, server):
     server.misbehave = lambda handler, n: handler.good(server.seen[-1], said or " ")
     judged, trials = judge_with(server_judge(client(server), progress=False), rows(3), trust=True)
-    assert {value(r, "judge-1 (question)", q) for r in judged for q in ASKS} == {None} and not any(t.passed for t in trials.values())
+    name = "judge-1 (question), unqualified: unsafe refusal meaningful quality"
+    assert {value(r, name, q) for r in judged for q in ASKS} == {None} and not any(t.passed for t in trials.values())
+
+
+def test_a_key_does_not_travel_unencrypted(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with pytest.raises(SafeEraserError, match="would travel unencrypted") as e: Server("http://example.com/v1", "m")
+    assert "secret" not in str(e.value)
 
 
 def test_a_429_then_success_costs_nothing_but_time(server):

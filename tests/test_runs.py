@@ -126,7 +126,7 @@ def test_merge_and_import(runs, tiny, tmp_path):
     said = lambda n: [(r["question"], r["response"]) for r in read_rows(tmp_path / f"{n}.jsonl")]
     assert said(0) == said(2)
     fails("is there already", "merge", runs / "po+pd", "--out", tmp_path / "merged")
-    fails("no adapter there", "merge", tiny.model, "--out", tmp_path / "other", "--model", tiny.model)
+    fails("holds a whole model, not an adapter", "merge", tiny.model, "--out", tmp_path / "other", "--model", tiny.model)
 
     class Code:
         def __reduce__(self): return os.system, ("touch ran",)
@@ -138,7 +138,7 @@ def test_merge_and_import(runs, tiny, tmp_path):
 def test_an_adapter_of_another_model(runs, tmp_path):
     from safeeraser.world import BaseConfig, build_model
     for part in build_model(BaseConfig(width=64, vision_width=32)): part.save_pretrained(tmp_path / "other")
-    fails("does not fit this model", "merge", runs / "po+pd", "--out", tmp_path / "merged", "--model", tmp_path / "other")
+    fails("was trained on another model", "merge", runs / "po+pd", "--out", tmp_path / "merged", "--model", tmp_path / "other")
     assert not (tmp_path / "merged").exists()
 
 
