@@ -289,6 +289,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'safeeraser.metrics.Source.image': ('metrics.html#source.image', 'safeeraser/metrics.py'),
                                     'safeeraser.metrics._find': ('metrics.html#_find', 'safeeraser/metrics.py'),
                                     'safeeraser.metrics._rouge_l': ('metrics.html#_rouge_l', 'safeeraser/metrics.py'),
+                                    'safeeraser.metrics._run_record': ('metrics.html#_run_record', 'safeeraser/metrics.py'),
                                     'safeeraser.metrics.bootstrap': ('metrics.html#bootstrap', 'safeeraser/metrics.py'),
                                     'safeeraser.metrics.count': ('metrics.html#count', 'safeeraser/metrics.py'),
                                     'safeeraser.metrics.grade': ('metrics.html#grade', 'safeeraser/metrics.py'),

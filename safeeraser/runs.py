@@ -108,15 +108,15 @@ def model_card(record: dict,               # a run's record
     from safeeraser.metrics import MEASURES
     measured = [f"| {MEASURES[k].title} | {100 * row[k]:.1f} ({100 * row[f'{k}_lo']:.1f}-{100 * row[f'{k}_hi']:.1f}) | {row[f'{k}_n']} | {MEASURES[k].help} |"
                 for row in results for k in MEASURES if row.get(k) is not None and row.get(f"{k}_lo") is not None]
-    settings = "\n".join(f"- {k}: {v}" for k, v in sorted(record["settings"].items())) or "- as published"
-    what = "model" if record["settings"].get("tuning") == "full" else "adapter"
-    front = f"---\nbase_model: {record['model']}\nlibrary_name: peft\ntags: [unlearning, safety, safeeraser]\n---\n"
+    settings = "\n".join(f"- {k}: {v}" for k, v in sorted(record["settings"].items())) or "- as published" if "settings" in record else "Unknown: the record of this run does not tell them."
+    what = "model" if record.get("settings", {}).get("tuning") == "full" else "adapter"
+    front = f"---\nbase_model: {record.get('model', 'unknown')}\nlibrary_name: peft\ntags: [unlearning, safety, safeeraser]\n---\n"
     return f"""{front}
-# {record['method']} {what}
+# {record.get('method', 'unknown')} {what}
 
-Unlearned with safeeraser: {'a whole model' if what == 'model' else 'an adapter (LoRA and projector)'} that makes `{record['model']}` stop answering harmful questions about images.
+Unlearned with safeeraser: {'a whole model' if what == 'model' else 'an adapter (LoRA and projector)'} that makes `{record.get('model', 'unknown')}` stop answering harmful questions about images.
 
-- method: {record['method']} ({', '.join(f'{w:g} {n}' for n, w in record.get('objective', {}).items())})
+- method: {record.get('method', 'unknown')} ({', '.join(f'{w:g} {n}' for n, w in record.get('objective', {}).items())})
 - data: {record.get('data_digest', 'unknown')} (digest of records and images)
 - seed: {record.get('seed')}, {record.get('steps', '?')} steps of {record.get('effective_batch', '?')} forget items
 - code: {(record.get('git') or {}).get('commit', 'unknown')}

@@ -105,6 +105,12 @@ def test_a_run_folder_of_an_older_schema(runs, tmp_path):
     rows = read_rows(tmp_path / "old" / "judged.jsonl")
     (tmp_path / "old" / "judged.jsonl").write_text("\n".join(json.dumps(r | {"schema_version": 0}) for r in rows))
     fails("schema version 0", "report", tmp_path / "old")
+    shutil.copytree(runs / "po", tmp_path / "older")
+    (tmp_path / "older" / "run.json").write_text(json.dumps({"data": "gone/dataset"}))  # as before records told their settings
+    assert run("report", tmp_path / "older").returncode == 0
+    assert "does not tell them" in (tmp_path / "older" / "README.md").read_text()
+    (tmp_path / "older" / "run.json").write_text("{")
+    fails("not a run's record", "report", tmp_path / "older")
     (tmp_path / "old" / "results.json").write_text(json.dumps({"schema_version": 0, "rows": []}))
     fails("schema version", "report", tmp_path / "old")
 
