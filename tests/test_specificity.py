@@ -16,6 +16,7 @@ out = pathlib.Path(a["--output_path"])/"model"
 out.mkdir(parents=True)
 tasks = a["--tasks"].split(",")
 if "crash" in tasks: sys.exit("no such task")
+if "silent" in tasks: sys.exit(print("Error during evaluation: no data. Please set --verbosity") or 0)  # as the real one ends
 (out/"1_results.json").write_text(json.dumps({"results": {t: {"exact_match,none": .25, "exact_match_stderr,none": .1} for t in tasks},
     "higher_is_better": {t: {"exact_match": True} for t in tasks}, "n-samples": {t: {"original": 8, "effective": 4} for t in tasks}}))
 for t in tasks:
@@ -44,7 +45,7 @@ def test_scores_are_written_into_the_run(place):
     assert found["tasks"] == {t: {"score": .25, "n": 4, "of": 8} for t in ("gqa", "own")} == read_specificity(place / "run")
 
 
-@pytest.mark.parametrize("task, said", [("crash", "its log is"), ("fails", "3 of 4 answers failed")])
+@pytest.mark.parametrize("task, said", [("crash", "its log is"), ("silent", r"without results \(no data\)"), ("fails", "3 of 4 answers failed")])
 def test_a_failed_evaluation_scores_nothing(place, task, said):
     with pytest.raises(SafeEraserError, match=said): specificity(place / "merged", place / "run", str(place / "python"), [task])
     assert read_specificity(place / "run") is None
