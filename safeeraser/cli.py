@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Data', 'Url', 'data_app', 'Source', 'Harmless', 'Column', 'NewData', 'NewSplit', 'NewModel', 'demo',
            'world', 'unlearn', 'generate', 'check_packing_command', 'judge', 'report', 'demo_command', 'check',
-           'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'main']
+           'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'specificity', 'main']
 
 # %% ../nbs/09_cli.ipynb #cell003
 import json, logging, os, signal, sys
@@ -146,6 +146,9 @@ def _summary(results: dict) -> str:
     parts.append("percent; over several seeds mean (smallest-largest); SARR h.o.: on families that unlearning never saw\n"
                  f"judge: {settings['judge'] or 'unknown'}")
     if "\n" in (pd := pd_table(results)): parts.append(pd)
+    if "specificity" in settings:
+        from safeeraser.specificity import specificity_text
+        parts.append(specificity_text(settings["specificity"]))
     if "held_out_nearest_hazard" in settings:
         parts.append("held-out families and the hazard each looks most like (overlap 0 to 1): " +
                      ", ".join(f"{f}: {h} {o:.2f}" for f, (h, o) in settings["held_out_nearest_hazard"].items()))
@@ -192,7 +195,7 @@ def _settings(pairs: list[str]) -> dict:
 def unlearn(model: Annotated[Optional[str], typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")] = None,
             data: Annotated[Optional[Path], typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")] = None,
             method: Annotated[Optional[str], typer.Option(help="A preset (ga gd kl po, each also with +pd) or a spelling such as 'npo(beta=0.1) + kl + 0.5 pd'.")] = None,
-            out: Annotated[Optional[Path], typer.Option(help="Run folder to write: a PEFT adapter and run.json. A killed run goes on where its last checkpoint was.")] = None,
+            out: Annotated[Optional[Path], typer.Option(help="Run folder to write (default: runs/MODEL/METHOD): a PEFT adapter and run.json. A killed run goes on where its last checkpoint was.")] = None,
             seed: Annotated[Optional[int], typer.Option(help="Governs everything (default: the published 233).")] = None,
             preset: Annotated[Optional[str], typer.Option(help="Hyper-parameters by name: paper-7b or paper-13b.")] = None,
             config: Annotated[Optional[Path], typer.Option(help="YAML file with preset, model, data, method, out, seed, settings; options override it.")] = None,
@@ -449,11 +452,27 @@ def import_results(file: Annotated[Path, typer.Argument(help="A result file of t
     print(f"wrote {len(rows)} responses to {out}")
 
 # %% ../nbs/09_cli.ipynb #cell063
+@app.command()
+def specificity(model: Annotated[Path, typer.Argument(help="A merged model: a folder written by merge, or a vanilla one.")],
+                run: Annotated[Path, typer.Option(help="The run folder that it belongs to, beside whose judged.jsonl report finds the scores.")],
+                python: Annotated[str, typer.Option(help="Python of an environment that has lmms-eval.")],
+                tasks: Annotated[Optional[str], typer.Option(help="lmms-eval's tasks, joined by commas (default: the paper's seven benchmarks).")] = None,
+                kind: Annotated[str, typer.Option(help="lmms-eval's name for the model's family.")] = "llava_hf",
+                include: Annotated[Optional[Path], typer.Option(help="Folder of further task files. lmms-eval runs the code in it.")] = None,
+                device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+                limit: Annotated[Optional[int], typer.Option(help="Questions a task (default: all).", min=1)] = None):
+    "Measure a merged model on public benchmarks, by lmms-eval in an environment of its own."
+    from safeeraser.specificity import specificity as evaluate, specificity_text
+    found = evaluate(model, run, python, tasks and [t.strip() for t in tasks.split(",")], kind=kind, include=include, device=device, limit=limit)["tasks"]
+    for task, t in found.items(): print(f"{task:20} {100 * t['score']:5.1f}   {t['n']} of {t['of']} questions")
+    print(specificity_text(found))
+
+# %% ../nbs/09_cli.ipynb #cell065
 def _interrupted(*_):
     print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
     sys.exit(130)
 
-# %% ../nbs/09_cli.ipynb #cell064
+# %% ../nbs/09_cli.ipynb #cell066
 def main():
     "The `safeeraser` command."
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains

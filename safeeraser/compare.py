@@ -49,10 +49,10 @@ def told_apart(sources: list[Source]) -> list[Source]:
     return [s if s.results else replace(s, rows=[r | {"method": name(r, s)} for r in s.rows]) for s in sources]
 
 # %% ../nbs/19_compare.ipynb #cell016
-_PUBLISHED = {"LLaVA-7B": {"ga": (0, 0, 0, 0, 0, 0, 100), "gd+pd": (2.8, 0, .5, .4, 61.6, 82.8, 28.0), "po": (.1, 100, .1, 100, 65.2, 85.4, 100), "po+pd": (.2, 100, .2, 99.7, 65.4, 86.2, 30.3)},
-              "LLaVA-7B, SineProject": {"po+pd": (.1, 100, .1, 99.9, 65.8, 86.3, 25.8)},
-              "LLaVA-13B": {"po+pd": (None,) * 6 + (27.3,)}, "LLaVA-13B, SineProject": {"po+pd": (None,) * 6 + (25.1,)}}
-_PUBLISHED_MEASURES = ("asr_efficacy", "rr_efficacy", "asr_generality", "rr_generality", "rouge_l_precision", "gpt_eval", "sarr")
+_PUBLISHED = {"LLaVA-7B": {"ga": (0, 0, 0, 0, 0, 0, 15.3, 100), "gd+pd": (2.8, 0, .5, .4, 61.6, 82.8, 50.7, 28.0), "po": (.1, 100, .1, 100, 65.2, 85.4, 63.7, 100), "po+pd": (.2, 100, .2, 99.7, 65.4, 86.2, 64.4, 30.3)},
+              "LLaVA-7B, SineProject": {"po+pd": (.1, 100, .1, 99.9, 65.8, 86.3, 65.2, 25.8)},
+              "LLaVA-13B": {"po+pd": (None,) * 7 + (27.3,)}, "LLaVA-13B, SineProject": {"po+pd": (None,) * 7 + (25.1,)}}
+_PUBLISHED_MEASURES = ("asr_efficacy", "rr_efficacy", "asr_generality", "rr_generality", "rouge_l_precision", "gpt_eval", "specificity", "sarr")
 
 
 def published_rows() -> list[dict]:

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'CONFIG_KEYS', 'preset', 'read_config', 'configuration', '
            'write_card']
 
 # %% ../nbs/18_runs.ipynb #cell003
-import difflib, hashlib, json, subprocess
+import difflib, hashlib, json, re, subprocess
 from pathlib import Path
 
 from .data import SafeEraserError, write_whole
@@ -61,10 +61,17 @@ def configuration(file: str | Path | None = None, preset_name: str | None = None
     merged["settings"] = _numbers(base.get("settings", {}) | config.get("settings", {}) | (settings or {}))
     seed = merged["settings"].pop("seed", None)
     if merged.get("seed") is None and seed is not None: merged["seed"] = int(seed)
-    for key in ("model", "data", "method", "out"):
+    if merged.get("method") and not merged.get("out"): merged["out"] = _folder(merged)
+    for key in ("model", "data", "method"):
         if not merged.get(key): raise SafeEraserError(f"{key} is missing: give --{key}{f' or write it into {file}' if file else ', or a --config file that has it'}")
     check_settings(merged["settings"])
     return {k: v for k, v in merged.items() if k != "preset"} | ({"preset": name} if name else {})
+
+
+def _folder(config: dict) -> str:
+    "Where a run goes that names no folder: runs/MODEL/METHOD."
+    plain = lambda text: re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "run"
+    return f"runs/{plain(Path(str(config.get('model', ''))).name)}/{plain(str(config['method']))}"
 
 
 def _numbers(settings: dict) -> dict:
