@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_bar, Row, SafeEraserError, Sets, settings_of, Slot, SlotDataset, SlotSampler, write_whole
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
-from .packing import check_packing, packed_log_probs, PackedCollator, Packer, ROUTES, Verdict
+from .packing import CannotPack, check_packing, packed_log_probs, PackedCollator, Packer, ROUTES, Verdict
 from .cache import ReferenceCache, VisionCache
 from .model import add_adapter, cpu_threads, environment, fold_projector, load_model, model_fingerprint, only_here, out_of_memory, train_whole, vanilla
 from .processors import copy_processor
@@ -147,10 +147,18 @@ def context_length(model) -> int | None:
 def choose_packing(model, args: UnlearnConfig, encoder: Encoder, dataset: SlotDataset) -> Verdict:
     "How rows will be packed; raises `SafeEraserError` where a route that was asked for by name is not exact."
     if args.packing == "off": return Verdict(None, "switched off")
+    if args.packing == "auto" and args.group_images is None and not _worth_packing(encoder, check_rows(dataset)):
+        return Verdict(None, "the image is less than two thirds of a row, so sharing it would cost more than it saves")
     verdict = check_packing(model, encoder, check_rows(dataset), None if args.packing == "auto" else (args.packing,))
     if args.packing != "auto" and verdict.route is None:
         raise SafeEraserError(f"packing={args.packing!r} is not exact on this model ({verdict.why}); use auto or off")
     return verdict
+
+
+def _worth_packing(encoder: Encoder, rows: list[Row]) -> bool:
+    "Whether the image is most of a row; True where rows cannot be packed at all, which the check then says."
+    try: return mostly_image(encoder, rows)
+    except CannotPack: return True
 
 
 def check_rows(dataset: SlotDataset) -> list[Row]:

@@ -22,7 +22,7 @@ from safeeraser.trainer import make_config, make_trainable, save_trained, Unlear
 from safeeraser.export import merge
 
 STEPS = dict(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2, use_cpu=True, save_strategy="no",
-             logging_steps=1, disable_tqdm=True, lora_r=2, lora_alpha=4, lora_dropout=0.)
+             logging_steps=1, disable_tqdm=True, lora_r=2, lora_alpha=4, lora_dropout=0., group_images=False)  # packed, though these images are small
 
 
 def trained(model, processor, sets: Sets, folder: Path, **settings):

@@ -12,7 +12,7 @@ from safeeraser.data import Encoder, Row, load_sets
 from safeeraser.model import load_model
 from safeeraser.trainer import unlearn
 
-SMALL = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_cpu": True, "save_strategy": "no", "num_train_epochs": 3, "learning_rate": 1e-2, "seed": 2, "progress": False}
+SMALL = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_cpu": True, "save_strategy": "no", "num_train_epochs": 3, "learning_rate": 1e-2, "seed": 2, "progress": False, "packing": "dense"}
 
 
 def losses(record): return [h["loss"] for h in record["history"] if "loss" in h]

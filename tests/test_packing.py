@@ -149,7 +149,7 @@ def test_a_silent_pass_carries_no_loss(jittered, tiny):
 
 def test_the_composition_of_steps_is_recorded(tiny, tmp_path):
     record = unlearn(tiny.model, tiny.data, tmp_path / "run", "gd+pd", seed=1, progress=False, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                     num_train_epochs=2, lora_r=4, use_cpu=True, save_strategy="no")
+                     num_train_epochs=2, lora_r=4, use_cpu=True, save_strategy="no", packing="dense")
     assert record["packing"]["route"] == "dense" and record["effective_batch"] == 4
     steps = [json.loads(line) for line in (tmp_path / "run" / "checkpoints" / "composition.jsonl").read_text().splitlines()]
     sets = load_sets(tiny.data)
@@ -168,7 +168,9 @@ def test_images_are_grouped_where_they_are_most_of_a_row(tiny, tmp_path):
     longer = "so " * 200
     assert not mostly_image(encoder, [replace(r, answer=longer) for r in rows])
     settings = dict(seed=1, progress=False, max_steps=1, lora_r=4, use_cpu=True, save_strategy="no", per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    for asked, grouped in ((None, False), (True, True), (False, False)):
+    plain = unlearn(tiny.model, tiny.data, tmp_path / "default", "ga", **settings)["packing"]
+    assert plain["route"] is None and "less than two thirds of a row" in plain["why"] and not plain["images_grouped"]
+    for asked, grouped in ((True, True), (False, False)):
         out = tmp_path / str(asked)
         record = unlearn(tiny.model, tiny.data, out, "ga", group_images=asked, **settings)
         rows = json.loads((out / "checkpoints" / "composition.jsonl").read_text().splitlines()[0])["rows"]
