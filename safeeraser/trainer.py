@@ -458,7 +458,7 @@ def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     from safeeraser.runs import data_digest, git_state, write_card
     args, first, stop = trainer.args, trainer.is_world_process_zero(), GracefulStop()
     record |= {"seed": args.seed, "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-               "packing": {k: v for k, v in vars(trainer.packing).items() if v == v} | {"images_grouped": trainer.grouped},  # NaN: not measured "environment": environment(),
+               "packing": {k: v for k, v in vars(trainer.packing).items() if v == v} | {"images_grouped": trainer.grouped}, "environment": environment(),
                "data_digest": data_digest(record["data"]), "git": git_state()}
     if first: _write_record(out, record | {"finished": False})
     trainer.add_callback(stop)
