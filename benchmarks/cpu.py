@@ -18,7 +18,6 @@ from measure import alternate, peak_of, ratios, resident
 from safeeraser.data import Encoder, progress_bar, write_whole
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, environment
-from safeeraser.packing import set_attention, use_route
 from shape import asked, build_model, build_processor, generation_limit, make_records, SHAPES, token_limit
 
 OUT = Path(__file__).parent/"results"/"cpu.json"
@@ -48,20 +47,12 @@ class Bench:
 def training_rows(bench: Bench, model, method: str, mean: int, per_safe_image: int) -> list[dict]:
     "Ours against both baselines."
     objective, records = parse_objective(method), bench.records(mean, per_safe_image)
-    seconds = alternate({name: _with_attention(model, name, make(model, bench.encoder, objective, records)) for name, make in LOOPS.items()})
+    seconds = alternate({name: make(model, bench.encoder, objective, records) for name, make in LOOPS.items()})
     peaks = {name: peak_of(name, method, mean, per_safe_image) for name in LOOPS}
     return [{"work": "train", "baseline": base, "method": method, "mean_answer_tokens": mean, "records_per_safe_image": per_safe_image,
              "images_per_batch": 1, **ratios(seconds[base], seconds["packed"]),
              "token_limit": round(token_limit(records, objective, bench.encoder), 3),
              "peak_memory_ratio": round(peaks["packed"] / peaks[base], 3)} for base in ("published", "unpacked")]
-
-
-def _with_attention(model, name: str, step):
-    "The model's attention is the loop's: baselines run on plain SDPA."
-    def run():
-        use_route(model, "split") if name in ("packed", "packing", "reference of an earlier epoch") else set_attention(model, "sdpa")
-        return step()
-    return run
 
 
 def generation_row(bench: Bench, images: int) -> dict:
@@ -80,7 +71,7 @@ def growth(bench: Bench, model) -> list[dict]:
     rows, objective = [], parse_objective("ga")
     for k in (1, 2, 4, 8, 16, 32):
         records = bench.records(100, 1, k)
-        seconds = alternate({name: _with_attention(model, name, LOOPS[name](model, bench.encoder, objective, records)) for name in ("unpacked", "packed")}, 3)
+        seconds = alternate({name: LOOPS[name](model, bench.encoder, objective, records) for name in ("unpacked", "packed")}, 3)
         rows.append({"questions": k, **ratios(seconds["unpacked"], seconds["packed"]), "token_limit": round(token_limit(records, objective, bench.encoder), 3)})
     return rows
 
@@ -89,7 +80,7 @@ def levers(bench: Bench, model, method: str) -> list[dict]:
     "One change after another, from the published loop to ours: time and memory relative to the published."
     objective, records = parse_objective(method), bench.records(100, 1)
     names = [n for n in LEVERS if objective.reference_kinds or "reference" not in n]
-    seconds = alternate({n: _with_attention(model, n, LEVERS[n](model, bench.encoder, objective, records)) for n in names})
+    seconds = alternate({n: LEVERS[n](model, bench.encoder, objective, records) for n in names})
     peaks = {n: peak_of(n, method, 100, 1) for n in names}
     return [{"method": method, "lever": n, **ratios(seconds["published"], seconds[n]), "peak_memory_ratio": round(peaks[n] / peaks["published"], 3)} for n in names]
 
@@ -107,7 +98,7 @@ def print_peak(what: str, *arguments: str):
         else:
             method, mean, per_safe_image = arguments[0], int(arguments[1]), int(arguments[2])
             model = bench.adapted()
-            _with_attention(model, what, (LOOPS | LEVERS)[what](model, bench.encoder, parse_objective(method), bench.records(mean, per_safe_image)))()
+            (LOOPS | LEVERS)[what](model, bench.encoder, parse_objective(method), bench.records(mean, per_safe_image))()
     print(resident("VmHWM") - before)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from loops import generate_published, generate_shared, packed, published
-from measure import alternate, clock, ratios
+from measure import alternate, ratios
 from safeeraser.data import Encoder, progress_bar, write_whole
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, environment
-from safeeraser.packing import check_packing, set_attention, use_route
+from safeeraser.packing import check_packing
 from shape import asked, build_model, build_processor, make_records, SHAPES, token_counts
 
 OUT = Path(__file__).parent/"results"/"gpu.json"
@@ -44,12 +44,9 @@ def training_row(model, encoder: Encoder, records: list, method: str, mean: int,
     verdict = check_packing(model, encoder, records[0].rows(objective))
     if verdict.route is None: raise SystemExit(f"rows cannot be packed here: {verdict.why}")
     runs = {"published": published(model, encoder, objective, records), "packed": packed(model, encoder, objective, records, verdict.route)}
-    def with_attention(name: str):
-        use_route(model, verdict.route) if name == "packed" else set_attention(model, "sdpa")
-        runs[name]()
-    for name in runs: with_attention(name)
-    peaks = {name: peak_gib(lambda name=name: with_attention(name)) for name in runs}
-    seconds = alternate({name: lambda name=name: with_attention(name) for name in runs})
+    for run in runs.values(): run()
+    peaks = {name: peak_gib(run) for name, run in runs.items()}
+    seconds = alternate(runs)
     (apart, shared), mine = token_counts(records, objective, encoder), min(seconds["packed"])
     language = sum(p.numel() for n, p in model.named_parameters() if "language_model" in n and "lora_" not in n)
     return {"work": "train", "baseline": "published", "method": method, "mean_answer_tokens": mean, "records_per_safe_image": 1, "images_per_batch": len(records),

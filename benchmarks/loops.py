@@ -1,7 +1,7 @@
 """The loops that are compared: the published one's cost in our words, one row a question, and this package's.
 
 Each makes the batches it needs first (reading images and tokenizing is charged to nobody) and returns a function that does
-one step's forward and backward passes; caches start empty in every call, so filling them is charged.
+one step's forward and backward passes by the loop's own attention; caches start empty in every call, so filling them is charged.
 """
 import copy
 from collections.abc import Callable
@@ -38,6 +38,7 @@ def published(model,                        # a PEFT model
     items = [[to_device(encoder.rows([row]), device) for row in rows] for r in records for rows in zip(*(getattr(r, k) for k in objective.kinds))]
     weights = {term.rows[0]: (objective.weights[name] * (-1 if name == "ga" else 1), term.needs) for name, term in objective.terms.items()}
     def step() -> float:
+        set_attention(model, "sdpa")
         model.zero_grad(set_to_none=True)
         total = 0.0
         with precision(model):
@@ -81,7 +82,6 @@ def unpacked(model, encoder: Encoder, objective: Objective, records: list, keep_
 
 def packed(model, encoder: Encoder, objective: Objective, records: list, route: str = "split", later_epoch: bool = False) -> Step:
     "This package's way; in a later epoch what the vanilla model said is known."
-    use_route(model, route)
     batch = to_device(PackedCollator(Packer(encoder), objective.reference_kinds)([_rows(objective, records)]), next(model.parameters()).device)
     kept = ReferenceCache(model, 2**32) if later_epoch else None
     step = _steps(model, objective, batch["passes"], dict(zip(KINDS, batch["n_items"].tolist())), route, True, kept)
@@ -99,6 +99,7 @@ def _plain_batch(encoder: Encoder, row: Row) -> dict:
 def _steps(model, objective: Objective, batches: list[dict], counts: dict, route: str | None, keep_images: bool, kept=None) -> Step:
     parts = [_about(objective, batch) for batch in batches]
     def step() -> float:
+        use_route(model, route or "dense")  # without packed rows dense is the model's plain attention
         model.zero_grad(set_to_none=True)
         total = 0.0
         with VisionCache(model) if keep_images else nullcontext(), precision(model):

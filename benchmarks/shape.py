@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from safeeraser.data import Item, Row
+from safeeraser.data import Item, Row, word_processor
 from safeeraser.loss import Objective
 
 QUESTION, REFUSAL = 20, 12   # words
@@ -59,20 +59,11 @@ def build_model(shape: Shape, dtype: torch.dtype = torch.float32, device: str = 
 
 def build_processor(shape: Shape):
     "A real LLaVA processor whose words are `w7 w8 ...`, one token each."
-    from tokenizers import models, pre_tokenizers, Tokenizer
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-    vocabulary = {w: k for k, w in enumerate(WORDS + [f"w{k}" for k in range(len(WORDS), shape.words)])}
-    raw = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-                                        additional_special_tokens=["<image>"])
-    side = dict(height=shape.pixels, width=shape.pixels)
     preamble = " ".join(f"w{k}" for k in range(10, 10 + PREAMBLE))
     template = ("{% for m in messages %}{% if m.role == 'user' %}<s> " + preamble + " USER: {% for c in m.content %}"
                 "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}ASSISTANT: "
                 "{% else %}{% for c in m.content %}{{ c.text }} {% endfor %}</s>{% endif %}{% endfor %}")
-    return LlavaProcessor(image_processor=CLIPImageProcessor(size=side, crop_size=side), tokenizer=tokenizer, patch_size=shape.patch,
-                          vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>", chat_template=template)
+    return word_processor(WORDS + [f"w{k}" for k in range(len(WORDS), shape.words)], shape.pixels, shape.patch, template)
 
 
 @dataclass(frozen=True)

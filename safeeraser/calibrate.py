@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import SafeEraserError, write_whole
+from .data import SafeEraserError
 from .generate import write_rows
 from .judge import agreement, Agreement, QUESTIONS, verdict
 
@@ -111,8 +111,8 @@ def calibration_text(rows: list[dict],
                      ) -> str:
     "Confusion tables, kappa and corrected rates as text."
     if Path(against).is_file(): rows, against = with_labels(rows, read_labels(against)), "labels"
-    lines = []
-    for c in calibrations(rows, against):
+    lines, found = [], calibrations(rows, against)
+    for c in found:
         a, t = c.agreement, c.agreement.table
         kappa = "-" if a.kappa is None else f"{a.kappa:.3f}"
         lines.append(f"{c.judge} against {against}, {a.question}: agree on {100 * a.agree:.1f}% of {a.n} (kappa {kappa}); "
@@ -120,7 +120,7 @@ def calibration_text(rows: list[dict],
         if c.corrected: lines.append(f"  measured {100 * c.corrected.measured:.1f}%, corrected for its errors {100 * c.corrected.value:.1f}% ({100 * c.corrected.lo:.1f}-{100 * c.corrected.hi:.1f})")
         else: lines.append("  not corrected: here it is no better than chance, or only one answer occurs")
     if out:
-        apart = [d | {"judge": j} for j in dict.fromkeys(c.judge for c in calibrations(rows, against)) for d in disagreements(rows, j, against)]
+        apart = [d | {"judge": j} for j in dict.fromkeys(c.judge for c in found) for d in disagreements(rows, j, against)]
         write_rows(out, apart)
         lines.append(f"wrote {len(apart)} disagreements to {out}")
     return "\n".join(lines)

@@ -7,13 +7,13 @@ __all__ = ['OFFICIAL', 'paired', 'told_apart', 'published_rows', 'table', 'to_cs
            'official_text', 'read_authors']
 
 # %% ../nbs/19_compare.ipynb #cell003
-import csv, io, json
+import csv, io
 from dataclasses import replace
 from pathlib import Path
 
 from .data import HARMLESS_KEYS, Place, read_json_records, Record, SafeEraserError
 from .generate import SCHEMA_VERSION
-from .metrics import judge_of, make_results, MEASURES, Source, split_runs
+from .metrics import judge_of, MEASURES, Source, split_runs
 from .plot import _cell, _columns, in_order, method_name
 
 # %% ../nbs/19_compare.ipynb #cell008

@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 

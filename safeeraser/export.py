@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .data import Encoder, Item, SafeEraserError, write_whole
+from .data import Encoder, SafeEraserError, write_whole
 from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
 from .trainer import save_model
 
@@ -42,7 +42,7 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
           ) -> float:
     "Write the model with its adapter folded in; returns the largest change of a log-probability that folding made (nats)."
     run, out = Path(run), Path(out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
+    _check_new(out)
     vanilla = model or vanilla_of(run)
     net, processor = load_model(vanilla, device)
     adapted = load_adapter(net, run)
@@ -58,6 +58,11 @@ def _identity(run: Path) -> dict:
     "Method and seed, for the tables that a merged model will be in."
     found = json.loads((run/"run.json").read_text(encoding="utf-8")) if (run/"run.json").is_file() else {}
     return {"method": found.get("method", "adapter"), "seed": found.get("seed", 0)}
+
+
+def _check_new(out: Path):
+    "Raise `SafeEraserError` where something is there."
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
 
 
 def _save_whole(write, out: Path):
@@ -100,7 +105,7 @@ def import_checkpoint(file: str | Path,     # the authors' checkpoint.pt
     "Write the checkpoint as a PEFT folder; raises `SafeEraserError` where it is another model's."
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     out, tensors = Path(out), {bare_name(k): v for k, v in read_tensors(file).items()}
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
+    _check_new(out)
     ranks = {v.shape[0] for k, v in tensors.items() if "lora_A" in k}
     if len(ranks) != 1: raise SafeEraserError(f"{file}: {'no LoRA tensors' if not ranks else 'LoRA tensors of several ranks'}; a checkpoint.pt of the authors' training belongs here")
     net, _ = load_model(model, "cpu")

@@ -10,13 +10,12 @@ __all__ = ['HARMS', 'PROMPTS', 'QUALITY', 'VIEWS', 'KNOWN', 'PASS', 'Asker', 'AS
 # %% ../nbs/16_judges.ipynb #cell003
 import hashlib, re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .data import progress_bar, SafeEraserError
-from .generate import read_rows, write_rows
 from .judge import verdict
 from .server import ask_all, Call, Reply, Server
 

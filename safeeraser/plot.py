@@ -503,8 +503,9 @@ def examples_figure(rows: list[dict],      # judged responses of several methods
 _BASELINES = {"published": ("over the published loop", "#0072B2"), "unpacked": ("packing alone", "#56B4E9")}
 
 
-def _measured(rows: list[dict]) -> dict: return dict(type="data", symmetric=False, array=[r["ratio_max"] - r["ratio"] for r in rows],
-                                                    arrayminus=[r["ratio"] - r["ratio_min"] for r in rows], color="#7f7f7f")
+def _measured(rows: list[dict]) -> dict:
+    "Error bars from the smallest to the largest ratio."
+    return _bars([(r["ratio"], r["ratio"] - r["ratio_min"], r["ratio_max"] - r["ratio"]) for r in rows])
 
 # %% ../nbs/08_plot.ipynb #cell119
 def speed_figure(bench: dict  # the object of `benchmarks/results/cpu.json`

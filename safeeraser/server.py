@@ -8,10 +8,8 @@ __all__ = ['LIMIT_BYTES', 'Call', 'Reply', 'data_url', 'limited_transport', 'che
 
 # %% ../nbs/15_server.ipynb #cell003
 import base64, hashlib, json, os, threading, time
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit

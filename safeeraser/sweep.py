@@ -7,7 +7,6 @@ __all__ = ['SPLIT', 'dev_score', 'combinations', 'sweep', 'sweep_text']
 
 # %% ../nbs/20_sweep.ipynb #cell003
 import itertools, json
-from collections.abc import Callable
 from pathlib import Path
 
 from .data import progress_bar, SafeEraserError, write_whole

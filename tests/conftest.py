@@ -41,3 +41,17 @@ def run_python():
                               capture_output=True, text=True, timeout=timeout,
                               env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=Path(__file__).parent)
     return run
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny):
+    "The tiny model with larger weights, so that random answers differ from question to question; and its encoder."
+    import torch
+
+    from safeeraser.data import Encoder
+    from safeeraser.model import load_model
+    model, processor = load_model(tiny.model, "cpu")
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.2 * torch.randn(p.shape, generator=g))
+    return model, Encoder(processor)

@@ -16,7 +16,6 @@ from measure import ratios  # noqa: E402
 from safeeraser.data import Encoder  # noqa: E402
 from safeeraser.loss import parse_objective  # noqa: E402
 from safeeraser.model import add_adapter  # noqa: E402
-from safeeraser.packing import set_attention  # noqa: E402
 from shape import asked, build_model, build_processor, generation_limit, make_records, SHAPES, token_counts, token_limit, tokens_of  # noqa: E402
 
 KEYS = {"work", "baseline", "method", "mean_answer_tokens", "records_per_safe_image", "images_per_batch", "ratio", "ratio_min", "ratio_max", "token_limit", "peak_memory_ratio"}
@@ -37,7 +36,6 @@ def small(tmp_path_factory):
 def step_of(name: str, small, method: str):
     model, encoder, records = small
     step = LOOPS[name](model, encoder, parse_objective(method), records)
-    if name != "packed": set_attention(model, "sdpa")
     loss = step()
     return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 

@@ -2,21 +2,10 @@
 import pytest
 import torch
 
-from safeeraser.data import Encoder, SafeEraserError, load_sets
+from safeeraser.data import SafeEraserError, load_sets
 from safeeraser.engine import Answers, Engine, Prefix, check_engine
 from safeeraser.generate import RowSampler, answer_batch, generate
-from safeeraser.model import load_model
 from safeeraser.packing import Packer, attention_of
-
-
-@pytest.fixture(scope="module")
-def sharp(tiny):
-    "The tiny model with larger weights, so that random answers differ from question to question."
-    model, processor = load_model(tiny.model, "cpu")
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.2 * torch.randn(p.shape, generator=g))
-    return model, Encoder(processor)
 
 
 def questions(tiny): return [*load_sets(tiny.data, "val")]

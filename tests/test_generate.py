@@ -4,21 +4,11 @@ import json
 import pytest
 import torch
 
-from safeeraser.data import Encoder, SafeEraserError, load_sets
+from safeeraser.data import SafeEraserError, load_sets
 from safeeraser.generate import ROW_KEYS, RowSampler, answer_batch, generate, plan_requests, read_rows
-from safeeraser.model import add_adapter, load_model
+from safeeraser.model import add_adapter
 from safeeraser.trainer import unlearn
 from safeeraser.world import BaseConfig, build_model
-
-
-@pytest.fixture(scope="module")
-def sharp(tiny):
-    "The tiny model with larger weights, so that random answers differ from question to question."
-    model, processor = load_model(tiny.model, "cpu")
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.2 * torch.randn(p.shape, generator=g))
-    return model, Encoder(processor)
 
 
 def test_greedy_at_batch_1_and_16(sharp, tiny):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeeraser.data import KINDS, Collator, Encoder, Row, SafeEraserError, SlotDataset, epoch_plan, load_refusals, load_sets
+from safeeraser.data import KINDS, Collator, Encoder, SafeEraserError, SlotDataset, epoch_plan, load_refusals, load_sets
 from safeeraser.loss import METHODS, parse_objective
 from safeeraser.model import add_adapter, load_model
 from safeeraser.packing import PackedCollator, Packer, check_packing, only, own_positions, packing_mask, passes, segment_numbers, stack_rows, use_route
-from safeeraser.trainer import UnlearnConfig, UnlearnTrainer, batch_tokens, check_rows, mostly_image, silent, unlearn
+from safeeraser.trainer import batch_tokens, check_rows, mostly_image, silent, unlearn
 
 SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd"]
 
