@@ -325,6 +325,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'safeeraser.model.fold_projector': ('model.html#fold_projector', 'safeeraser/model.py'),
                                   'safeeraser.model.four_bit_settings': ('model.html#four_bit_settings', 'safeeraser/model.py'),
                                   'safeeraser.model.frozen_copy': ('model.html#frozen_copy', 'safeeraser/model.py'),
+                                  'safeeraser.model.keep_freed_memory': ('model.html#keep_freed_memory', 'safeeraser/model.py'),
                                   'safeeraser.model.load_adapter': ('model.html#load_adapter', 'safeeraser/model.py'),
                                   'safeeraser.model.load_model': ('model.html#load_model', 'safeeraser/model.py'),
                                   'safeeraser.model.lora_targets': ('model.html#lora_targets', 'safeeraser/model.py'),
