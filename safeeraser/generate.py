@@ -283,18 +283,21 @@ def _server_asker(url: str, model: str, header: dict, requests: list[Request]) -
 def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool) -> Path:
     method, run_seed, done = header["method"], header["seed"], resume_rows(part, header)
     key = lambda r: row_key(response_row(r, "", method, run_seed))
-    if any(key(r) not in done for r in requests):
-        asker = make_asker(requests)
-        with part.open("a", encoding="utf-8") as file, progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
-            for batch in asker.batches(requests):
-                new = [r for r in batch if key(r) not in done]
-                asked = batch if new and asker.whole_batches else new
-                answers = dict(zip(map(key, asked), asker.ask(asked))) if asked else {}
-                rows = {key(r): response_row(r, answers[key(r)], method, run_seed) for r in new if answers[key(r)] is not None}
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
-                file.flush()
-                done |= rows
-                bar.update(len(batch))
+    try:
+        if any(key(r) not in done for r in requests):
+            asker = make_asker(requests)
+            with part.open("a", encoding="utf-8") as file, progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
+                for batch in asker.batches(requests):
+                    new = [r for r in batch if key(r) not in done]
+                    asked = batch if new and asker.whole_batches else new
+                    answers = dict(zip(map(key, asked), asker.ask(asked))) if asked else {}
+                    rows = {key(r): response_row(r, answers[key(r)], method, run_seed) for r in new if answers[key(r)] is not None}
+                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+                    file.flush()
+                    done |= rows
+                    bar.update(len(batch))
+    finally:
+        if not done: part.unlink()  # refused or stopped before the first answer: nothing to go on from
     if missing := sum(key(r) not in done for r in requests):
         raise SafeEraserError(f"{missing} of {len(requests)} questions got no answer ({asker.problem}); the others' are kept, and the same command asks these again")
     write_rows(out, [done[key(r)] for r in requests])

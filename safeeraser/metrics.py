@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'Rate', 'bootstrap', 'rate', 'Measure', 'says', 'rouge', 'grade', 'judge_of', 'measure', 'result_row',
-           'split_runs', 'spread', 'without_pd', 'pd_effect', 'make_results', 'read_results', 'Source', 'load_sources',
-           'count', 'report']
+           'split_runs', 'spread', 'without_pd', 'plus_pd', 'pd_effect', 'make_results', 'read_results', 'Source',
+           'load_sources', 'count', 'report']
 
 # %% ../nbs/07_metrics.ipynb #cell003
-import json
+import json, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,8 +146,13 @@ def spread(results: list[dict], method: str, name: str) -> tuple[float, float, f
 
 
 def without_pd(method: str) -> str:
-    "The method that `method` is with its prompt-decouple term left out."
-    return method.removesuffix("+pd")
+    "The method that `method` is with its prompt-decouple term left out; a label in brackets stays."
+    return re.sub(r"\+pd(?= \[|$)", "", method)
+
+
+def plus_pd(method: str) -> str:
+    "The same with such a term."
+    return re.sub(r"(?= \[|$)", "+pd", method, count=1)
 
 
 def pd_effect(results: list[dict], name: str = "sarr") -> float | None:

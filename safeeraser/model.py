@@ -13,6 +13,7 @@ import copy, ctypes, hashlib, importlib.util, json, os, platform, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -86,10 +87,8 @@ def keep_freed_memory():
 # %% ../nbs/02_model.ipynb #cell018
 def environment() -> dict:
     "What numbers may depend on: versions and hardware."
-    import accelerate, peft, transformers
     gpu = torch.cuda.is_available()
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "peft": peft.__version__, "accelerate": accelerate.__version__,
+    return {"python": platform.python_version(), **{package: version(package) for package in ("torch", "transformers", "peft", "accelerate")},
             "device": torch.cuda.get_device_name() if gpu else f"cpu ({platform.machine()})"}
 
 # %% ../nbs/02_model.ipynb #cell021

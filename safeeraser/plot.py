@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 
 from .data import load_image
 from .judge import instruction_of
-from .metrics import measure, MEASURES, pd_effect, spread, without_pd
+from .metrics import measure, MEASURES, pd_effect, plus_pd, spread, without_pd
 
 # %% ../nbs/08_plot.ipynb #cell010
 NAMES = {"base": "vanilla", "gold": "gold"}
@@ -56,7 +56,7 @@ def in_order(methods: Iterable[str]  # with repetitions, as rows have them
     methods = list(dict.fromkeys(methods))
     first = [m for m in ("base", "gold") if m in methods]
     rest = dict.fromkeys(without_pd(m) for m in methods if m not in first)
-    return first + [m for base in rest for m in (base, base + "+pd") if m in methods]
+    return first + [m for base in rest for m in sorted((m for m in methods if without_pd(m) == base), key=lambda m: m != base)]
 
 # %% ../nbs/08_plot.ipynb #cell017
 def _columns(rows: list[dict]) -> list[str]:
@@ -92,13 +92,13 @@ def table_html(results: dict  # the object of `results.json`
     shown = _columns(rows)
     head = "".join(f'<th title="{html.escape(MEASURES[k].help)}">{_heading(k)}</th>' for k in shown)
     line = lambda m: f'<td title="{html.escape(caption([m]))}">{html.escape(method_name(m))}</td>' + "".join(f"<td>{_cell(rows, m, k)}</td>" for k in shown)
-    body = "".join(f'<tr class="{"pd" if m.endswith("+pd") or m in NAMES else ""}">{line(m)}</tr>' for m in in_order(r["method"] for r in rows))
+    body = "".join(f'<tr class="{"pd" if m != without_pd(m) or m in NAMES else ""}">{line(m)}</tr>' for m in in_order(r["method"] for r in rows))
     return f'<div class="scroll"><table><tr><th>method</th>{head}</tr>{body}</table></div>'
 
 # %% ../nbs/08_plot.ipynb #cell026
 def _pairs(rows: list[dict], name: str) -> list[str]:
     "Methods for which a measure is known without and with prompt decoupling."
-    return [m for m in in_order(r["method"] for r in rows) if spread(rows, m, name) and spread(rows, m + "+pd", name)]
+    return [m for m in in_order(r["method"] for r in rows) if spread(rows, m, name) and spread(rows, plus_pd(m), name)]
 
 # %% ../nbs/08_plot.ipynb #cell027
 def pd_table(results: dict  # the object of `results.json`
@@ -106,7 +106,7 @@ def pd_table(results: dict  # the object of `results.json`
     "SARR without and with prompt decoupling side by side, and how far it fell."
     rows, lines = results["rows"], ["SARR, %   without PD    with PD   fall"]
     for m in _pairs(rows, "sarr"):
-        without, with_pd = spread(rows, m, "sarr")[0], spread(rows, m + "+pd", "sarr")[0]
+        without, with_pd = spread(rows, m, "sarr")[0], spread(rows, plus_pd(m), "sarr")[0]
         fall = f"{100 * (1 - with_pd / without):.1f}" if without else "-"
         lines.append(f"{method_name(m):7} {100 * without:12.1f} {100 * with_pd:10.1f} {fall:>6}")
     effect = pd_effect(rows)
@@ -124,7 +124,7 @@ def method_colour(method: str  # with or without +pd
     return _COLOURS.get(base) or _SPARE[sum(map(ord, base)) % len(_SPARE)]
 
 
-def _filled(method: str) -> bool: return method.endswith("+pd") or method in NAMES
+def _filled(method: str) -> bool: return method != without_pd(method) or method in NAMES
 
 # %% ../nbs/08_plot.ipynb #cell034
 _GRID = dict.fromkeys(("gridcolor", "zerolinecolor", "linecolor"), "rgba(128,128,128,.25)")  # faint on white and on black
@@ -185,7 +185,7 @@ def _extremes(found: dict[str, float], says: str = "{:.0f}% after {}") -> list[s
 
 def _pd_change(rows: list[dict], name: str) -> str:
     "How a measure changes with prompt decoupling, for the method that gains most and the one that gains least."
-    change = {m: 100 * (spread(rows, m + "+pd", name)[0] / before - 1) for m in _pairs(rows, name) if (before := spread(rows, m, name)[0])}
+    change = {m: 100 * (spread(rows, plus_pd(m), name)[0] / before - 1) for m in _pairs(rows, name) if (before := spread(rows, m, name)[0])}
     return "with PD: " + " to ".join(_extremes(change, "{:+.0f}% ({})")) if change else ""
 
 # %% ../nbs/08_plot.ipynb #cell050
@@ -208,7 +208,7 @@ _FAMILIES = {"sarr": "families PD trained with", "sarr_held_out": "families unle
 
 def _sarr_bars(rows: list[dict], name: str, pd: bool) -> go.Bar:
     "One bar a method: hatched without prompt decoupling, filled with it."
-    methods = [m + "+pd" if pd else m for m in _pairs(rows, name)]
+    methods = [plus_pd(m) if pd else m for m in _pairs(rows, name)]
     found = [_interval(rows, m, name) for m in methods]
     return go.Bar(name=f"{'with' if pd else 'without'} prompt decoupling (PD)", legendgroup=str(pd), showlegend=name == "sarr",
                   x=[method_name(without_pd(m)) for m in methods], y=[f[0] for f in found], error_y=_bars(found),
@@ -226,14 +226,14 @@ def sarr_figure(results: dict  # the object of `results.json`
     for column, name in enumerate(panels, 1):
         for pd in (False, True): fig.add_trace(_sarr_bars(rows, name, pd), row=1, col=column)
     fig.update_annotations(font_size=13).update_yaxes(range=[0, 118]).update_yaxes(title="questions unanswered (SARR), %", col=1)
-    shown = [m + suffix for m in _pairs(rows, "sarr") for suffix in ("", "+pd")]
+    shown = [m for pair in _pairs(rows, "sarr") for m in (pair, plus_pd(pair))]
     return _layout(fig, _sarr_title(rows), _still_told(rows, shown) if shown else "", caption(shown, _error_bars([r for r in rows if r["method"] in shown])), barmode="group")
 
 # %% ../nbs/08_plot.ipynb #cell055
 def _sarr_title(rows: list[dict]) -> str:
-    level = {m: 100 * spread(rows, m, "sarr")[0] for pair in _pairs(rows, "sarr") for m in (pair, pair + "+pd")}
+    level = {m: 100 * spread(rows, m, "sarr")[0] for pair in _pairs(rows, "sarr") for m in (pair, plus_pd(pair))}
     if not level: return "Harmless questions unanswered: no method here comes without and with PD"
-    with_pd = {m: v for m, v in level.items() if m.endswith("+pd")}
+    with_pd = {m: v for m, v in level.items() if m != without_pd(m)}
     return f"Harmless questions unanswered: {_span([v for m, v in level.items() if m not in with_pd])} without PD, {', '.join(_extremes(with_pd))}"
 
 # %% ../nbs/08_plot.ipynb #cell063
@@ -315,7 +315,7 @@ def _outcome_title(shares: dict[str, dict]) -> tuple[str, str]:
     "Title and subtitle, from the last panel: who is right most and least often, and how often these answer at all."
     if not shares: return "No response here has been judged right or wrong", ""
     split, by = list(shares.items())[-1]
-    by = {m: s for m, s in by.items() if m.endswith("+pd")} or {m: s for m, s in by.items() if m not in NAMES} or by
+    by = {m: s for m, s in by.items() if m != without_pd(m)} or {m: s for m, s in by.items() if m not in NAMES} or by
     ends = list(dict.fromkeys((max(by, key=lambda m: by[m]["right"]), min(by, key=lambda m: by[m]["right"]))))
     told = lambda *kinds: ", ".join(f"{100 * sum(by[m][k] for k in kinds):.0f}% after {method_name(m)}" for m in ends)
     return f"Right answers on {_PANELS[split]}: {told('right')}", f"answered at all, right or wrong: {told('right', 'fluent but wrong')}"
@@ -612,9 +612,9 @@ def headline(results: dict  # the object of `results.json`
              ) -> str:
     "The finding in a sentence or two."
     rows = results["rows"]
-    level = {m: 100 * spread(rows, m, "sarr")[0] for pair in _pairs(rows, "sarr") for m in (pair, pair + "+pd")}
+    level = {m: 100 * spread(rows, m, "sarr")[0] for pair in _pairs(rows, "sarr") for m in (pair, plus_pd(pair))}
     if not level: return f"{len({r['method'] for r in rows})} methods, counted by the judge {results['settings'].get('judge') or 'unknown'}."
-    with_pd = {m: v for m, v in level.items() if m.endswith("+pd")}
+    with_pd = {m: v for m, v in level.items() if m != without_pd(m)}
     return (f"After unlearning, {_span([v for m, v in level.items() if m not in with_pd])} of harmless questions that use the same words go unanswered; "
             f"with prompt decoupling {' and '.join(_extremes(with_pd))}. {_still_told(rows, list(level))}. Whether the answers are also right is another column.")
 
