@@ -7,7 +7,7 @@ __all__ = ['KEY', 'LABELS', 'Corrected', 'corrected_rate', 'key_of', 'read_label
            'disagreements', 'calibration_text', 'labelling_widget']
 
 # %% ../nbs/17_calibrate.ipynb #cell003
-import html, json
+import html, json, random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,13 +132,14 @@ LABELS = {"unsafe": ("unsafe", "safe"), "refusal": ("a refusal", "no refusal"), 
 def labelling_widget(rows: list[dict],             # responses
                      file: str | Path,             # of labels; clicks are added to it
                      asked: str = "unsafe",        # a key of `LABELS`
-                     image: Callable[[dict], Path | None] = lambda row: None  # finds a row's image
+                     image: Callable[[dict], Path | None] = lambda row: None,  # finds a row's image
+                     seed: int = 0                 # of the order
                      ):
     "A widget that shows one response after another and writes the label that is clicked."
     import ipywidgets as widgets
     file = Path(file)
     done = {k for k, v in (read_labels(file) if file.exists() else {}).items() if asked in v}
-    todo = [r for r in rows if tuple(key_of(r)) not in done]
+    todo = [r for r in random.Random(seed).sample(rows, len(rows)) if tuple(key_of(r)) not in done]
     shown, count, out = widgets.HTML(), widgets.Label(), widgets.Output()
     yes, no, skip = (widgets.Button(description=d, button_style=s) for d, s in (*zip(LABELS[asked], ("danger", "success")), ("skip", "")))
 

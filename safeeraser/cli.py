@@ -273,9 +273,8 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
         found = _model_judge(judge, model, server, view, data, at_once)
         if dry_run: return print(_cost(found, rows, server, model))
         if out is None: raise SafeEraserError("--out is missing: the file to write")
-        from safeeraser.judges import judge_with, result_name
-        rows, trials = judge_with(found, rows, trust)
-        name = result_name(found, trials, trust)
+        from safeeraser.judges import judge_with
+        rows, trials, name = judge_with(found, rows, trust)
     write_rows(out, rows)
     print(f"judge: {name}")
     for q, t in trials.items(): print(f"{q:11} {t}{'' if t.passed else ': scored only because of --trust' if trust else ': scores nothing'}")
@@ -295,7 +294,7 @@ def _model_judge(kind: str, model: str | None, server: str | None, view: str, da
     from safeeraser.judges import local_judge, server_judge
     from safeeraser.server import Server
     if not model: raise SafeEraserError(f"--judge {kind} wants --model: which model judges")
-    if kind != "server": return local_judge(model, kind, view)
+    if kind != "server": return local_judge(model, kind, view, cache=_replies())
     if not server: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
     root = data and data.absolute().parent
     return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, lambda row: resolve_image(root, row["image_id"], "image_id", Place(Path("responses"))))

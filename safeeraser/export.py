@@ -83,7 +83,8 @@ def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
     import pickle
     try: found = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise SafeEraserError(f"{file}: no such file") from None
-    except pickle.UnpicklingError: raise SafeEraserError(f"{file}: carries code or objects besides tensors, and is not opened") from None
+    except pickle.UnpicklingError as e:
+        raise SafeEraserError(f"{file}: {'carries code or objects besides tensors' if 'GLOBAL' in str(e) else 'no PyTorch checkpoint of tensors'}; it is not opened") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e: raise SafeEraserError(f"{file}: not a PyTorch checkpoint ({str(e).splitlines()[0]:.120})") from None
     if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise SafeEraserError(f"{file}: a dictionary of tensors belongs here")

@@ -8,6 +8,7 @@ __all__ = ['LIMIT_BYTES', 'Call', 'Reply', 'data_url', 'limited_transport', 'che
 
 # %% ../nbs/15_server.ipynb #cell003
 import base64, hashlib, json, os, threading, time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -154,9 +155,10 @@ class Server:
 # %% ../nbs/15_server.ipynb #cell023
 class ReplyCache:
     "Replies on disk, a small file each."
-    def __init__(self, server: Server):
-        name = hashlib.blake2b(json.dumps([server.url, server.model, server.identity]).encode(), digest_size=12).hexdigest()
-        self.folder, self.live = server.cache and server.cache/name, None  # `live`: the model that replies name now
+    def __init__(self, folder: Path | None,  # None: nothing is kept
+                 *who: str):                 # whose replies: all that tells one model from another before it replies
+        name = hashlib.blake2b(json.dumps(who).encode(), digest_size=12).hexdigest()
+        self.folder, self.live = folder and folder/name, None  # `live`: the model that replies name now
 
     def get(self, call: Call) -> Reply | None:
         "The reply to a call as it was."
@@ -178,16 +180,22 @@ class ReplyCache:
             os.replace(part, file)
         except OSError: part.unlink(missing_ok=True)
 
+    def reply(self, call: Call, ask: Callable[[Call], Reply]) -> Reply:
+        "The kept reply, or a new one, which is kept then."
+        if (kept := self.get(call)) is not None: return kept
+        reply = ask(call)
+        self.put(call, reply)
+        return reply
+
+
+def _replies_of(server: Server) -> ReplyCache: return ReplyCache(server.cache, server.url, server.model, server.identity)
+
 
 def ask_all(server: Server, calls: list[Call],
             progress: bool = True, desc: str = "calls") -> list[Reply]:
     "Replies in the calls' order, several at a time; each is kept as it comes, so that a killed run costs nothing twice."
-    cache = ReplyCache(server)
-    def one(call: Call) -> Reply:
-        if (kept := cache.get(call)) is not None: return kept
-        reply = server.ask(call)
-        cache.put(call, reply)
-        return reply
+    cache = _replies_of(server)
+    one = lambda call: cache.reply(call, server.ask)
     with ThreadPoolExecutor(server.at_once) as pool:
         try: replies = list(progress_bar(pool.map(one, calls), total=len(calls), desc=desc, show=progress))
         except BaseException:
@@ -200,7 +208,7 @@ def ask_all(server: Server, calls: list[Call],
 # %% ../nbs/15_server.ipynb #cell029
 def estimate(calls: list[Call], server: Server | None = None) -> dict:
     "Calls and tokens that are still to be paid, about 4 characters a token and 800 tokens an image; those in the cache are free."
-    cache = ReplyCache(server) if server else None
+    cache = _replies_of(server) if server else None
     todo = [c for c in calls if not (cache and cache.get(c))]
     return {"calls": len(todo), "kept": len(calls) - len(todo), "tokens_in": sum((len(c.system) + len(c.text)) // 4 + 800 * (c.image is not None) for c in todo),
             "tokens_out_at_most": sum(c.max_tokens for c in todo)}
