@@ -1,5 +1,5 @@
 """Times taken alternately, and the most memory a process of its own ever held."""
-import statistics, subprocess, sys, time
+import os, statistics, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +36,8 @@ def resident(what: str = "VmRSS") -> float:
 
 
 def peak_of(*arguments: str) -> float:
-    "MiB that `cpu.py --peak ARGUMENTS` needed in a process of its own."
-    out = subprocess.run([sys.executable, str(Path(__file__).with_name("cpu.py")), "--peak", *map(str, arguments)], capture_output=True, text=True)
+    "MiB that `cpu.py --peak ARGUMENTS` needed in a process of its own; glibc is told to give freed tensors back at once, lest what it retains be counted."
+    out = subprocess.run([sys.executable, str(Path(__file__).with_name("cpu.py")), "--peak", *map(str, arguments)], capture_output=True, text=True,
+                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     if out.returncode: raise RuntimeError(out.stderr.strip().splitlines()[-1])
     return float(out.stdout.split()[-1])

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'KINDS', 'LLAVA_TEMPLATE', 'SafeEraserError', 'Place', 'progress_bar', 'UnsafePair',
            'HarmlessPair', 'Record', 'parse_record', 'to_json', 'read_json_records', 'resolve_image', 'load_image',
-           'as_published', 'load_records', 'check_partners', 'load_refusals', 'write_whole', 'settings_of', 'Item',
-           'Sets', 'build_sets', 'load_sets', 'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset',
-           'render_prompt', 'render_answered', 'count_answer_tokens', 'word_processor', 'open_image', 'Encoder',
-           'number_items', 'count_items', 'Collator']
+           'as_published', 'load_records', 'check_partners', 'load_refusals', 'write_whole', 'new_folder',
+           'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets', 'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row',
+           'SlotDataset', 'render_prompt', 'render_answered', 'count_answer_tokens', 'word_processor', 'open_image',
+           'Encoder', 'number_items', 'count_items', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
-import json, os, random, sys
+import json, os, random, shutil, sys, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -237,6 +239,24 @@ def write_whole(path: str | Path, text: str):
     except OSError as e:
         if part.is_file(): part.unlink()
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
+
+
+@contextmanager
+def new_folder(out: str | Path):
+    "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left; raises `SafeEraserError` where it cannot be written."
+    out, tmp = Path(out), None
+    if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; name a folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        tmp.chmod(0o755)
+        yield tmp
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(tmp, out)
+    except (OSError, SafetensorError) as e:
+        raise SafeEraserError(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+    finally:
+        if tmp: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/00_data.ipynb #cell036
 def settings_of(data: str | Path  # the dataset folder

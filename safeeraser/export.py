@@ -6,13 +6,12 @@
 __all__ = ['vanilla_of', 'merge', 'read_tensors', 'bare_name', 'import_checkpoint']
 
 # %% ../nbs/14_export.ipynb #cell003
-import json, os, re, shutil
+import json, re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from .data import Encoder, SafeEraserError, write_whole
+from .data import Encoder, new_folder, SafeEraserError, write_whole
 from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
 from .trainer import save_model
 
@@ -50,7 +49,7 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
     plain = merge_adapter(adapted)
     change = (_scores(plain, processor) - before).abs().max().item()
     record = {**_identity(run), "adapter": run.name, "vanilla": str(vanilla), "change_by_merging": change}
-    _save_whole(lambda folder: save_model(plain, folder, vanilla, record), out)
+    with new_folder(out) as folder: save_model(plain, folder, vanilla, record)
     return change
 
 
@@ -63,19 +62,6 @@ def _identity(run: Path) -> dict:
 def _check_new(out: Path):
     "Raise `SafeEraserError` where something is there."
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
-
-
-def _save_whole(write, out: Path):
-    "`write(folder)` into a folder of its own first: a full disk leaves nothing half-written."
-    writing = out.with_name(f".{out.name}.writing")
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        write(writing)
-        if out.exists(): out.rmdir()
-        os.replace(writing, out)
-    except (OSError, SafetensorError) as e: raise SafeEraserError(f"{out}: the model cannot be written ({getattr(e, 'strerror', None) or e})") from None
-    finally: shutil.rmtree(writing, ignore_errors=True)
 
 # %% ../nbs/14_export.ipynb #cell014
 def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
@@ -120,8 +106,7 @@ def import_checkpoint(file: str | Path,     # the authors' checkpoint.pt
     set_peft_model_state_dict(adapted, {wanted[n][0]: t.float() for n, t in tensors.items()})
     record = {"schema_version": 1, "method": Path(file).parent.name or "imported", "model": str(model), "model_fingerprint": fingerprint,
               "imported_from": Path(file).name, "finished": True, "seed": 233}
-    def write(folder: Path):
+    with new_folder(out) as folder:
         adapted.save_pretrained(folder)
         write_whole(folder/"run.json", json.dumps(record, indent=1) + "\n")
-    _save_whole(write, out)
     return out

@@ -8,11 +8,11 @@ __all__ = ['SILHOUETTES', 'HAZARDS', 'DECOUPLE_FAMILIES', 'HELD_OUT_FAMILIES', '
            'FACTS', 'HARMLESS', 'PRIVATE', 'REFUSALS', 'NAMES', 'UNSAFE_WORDING', 'HARMLESS_WORDING', 'SPLIT_SIZES',
            'UNLEARN_SETTINGS', 'GENERATE_SETTINGS', 'Look', 'silhouette', 'draw', 'random_look', 'contact_sheet',
            'overlap', 'nearest_hazard', 'vocabulary', 'deal_recipes', 'World', 'make_record', 'make_split',
-           'write_dataset', 'new_folder', 'BaseConfig', 'build_model', 'render_pool', 'train_tower', 'lesson',
-           'TextBatcher', 'answer_loss', 'train_language', 'cache_dir', 'cached_folder', 'base_model', 'make_world']
+           'write_dataset', 'BaseConfig', 'build_model', 'render_pool', 'train_tower', 'lesson', 'TextBatcher',
+           'answer_loss', 'train_language', 'cache_dir', 'cached_folder', 'base_model', 'make_world']
 
 # %% ../nbs/01_world.ipynb #cell003
-import hashlib, json, math, os, platform, random, shutil, tempfile, time
+import hashlib, json, math, os, platform, random, shutil, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
 
-from .data import count_answer_tokens, progress_bar, render_answered, SafeEraserError, word_processor
+from .data import count_answer_tokens, new_folder, progress_bar, render_answered, SafeEraserError, word_processor
 from .model import cpu_threads
 
 # %% ../nbs/01_world.ipynb #cell006
@@ -312,30 +312,7 @@ def _rebase(record: dict, name: str) -> dict:
     "Image paths begin with the dataset folder's own name."
     return record | {k: str(Path(name)/Path(record[k]).relative_to("dataset")) for k in ("image_path", "SDImage_path")}
 
-# %% ../nbs/01_world.ipynb #cell038
-class new_folder:
-    "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left."
-    def __init__(self, out: Path): self.out = Path(out)
-
-    def __enter__(self) -> Path:
-        if self.out.exists() and not self.out.is_dir():
-            raise SafeEraserError(f"{self.out}: is a file; name a folder")
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.tmp = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
-        except OSError as e:
-            raise SafeEraserError(f"{self.out}: cannot be written ({e.strerror})") from None
-        self.tmp.chmod(0o755)
-        return self.tmp
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            shutil.rmtree(self.out, ignore_errors=True)
-            os.replace(self.tmp, self.out)
-        else:
-            shutil.rmtree(self.tmp, ignore_errors=True)
-
-# %% ../nbs/01_world.ipynb #cell040
+# %% ../nbs/01_world.ipynb #cell039
 _ADAPTER = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "weight_decay": 0.0, "warmup_steps": 5,
             "gradient_accumulation_steps": 1}
 _ASCENT = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant_with_warmup"}
@@ -343,7 +320,7 @@ _REFUSE = _ADAPTER | {"learning_rate": 2e-3, "max_steps": 220, "per_device_train
 UNLEARN_SETTINGS = {"default": _ASCENT, "ga": _ASCENT, "npo": _ASCENT, "simnpo": _ASCENT, "idk": _REFUSE, "dpo": _REFUSE}  # by forget term
 GENERATE_SETTINGS = {"max_new_tokens": 24, "batch_size": 128}
 
-# %% ../nbs/01_world.ipynb #cell044
+# %% ../nbs/01_world.ipynb #cell043
 @dataclass(frozen=True)
 class BaseConfig:
     "Everything that decides the trained base model."
@@ -369,7 +346,7 @@ class BaseConfig:
         text = json.dumps(asdict(self) | {"torch": torch.__version__, "cpu": platform.machine()}, sort_keys=True)
         return ("gold" if self.gold else "base") + f"-{self.seed}-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/01_world.ipynb #cell045
+# %% ../nbs/01_world.ipynb #cell044
 def build_model(cfg: BaseConfig):
     "The untrained model and its processor."
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -386,7 +363,7 @@ def build_model(cfg: BaseConfig):
         vision_feature_select_strategy="default", image_seq_length=(SIZE // cfg.patch) ** 2, initializer_range=.08, **ids))
     return model, processor
 
-# %% ../nbs/01_world.ipynb #cell048
+# %% ../nbs/01_world.ipynb #cell047
 _ANSWERS = {"family": FAMILIES, "colour": tuple(COLOURS), "ground": tuple(GROUNDS), "place": tuple(PLACES), "dots": (0, 1, 2, 3)}
 
 
@@ -409,13 +386,13 @@ def _one_cycle(params, lr: float, steps: int):
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01, betas=(.9, .98), fused=True)
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
 
-# %% ../nbs/01_world.ipynb #cell049
+# %% ../nbs/01_world.ipynb #cell048
 def _step(loss, params, opt, schedule):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     opt.step(); schedule.step(); opt.zero_grad()
 
-# %% ../nbs/01_world.ipynb #cell051
+# %% ../nbs/01_world.ipynb #cell050
 def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
     "Teach the vision tower to tell family, colour, ground, place and dots apart."
     tower = model.model.vision_tower
@@ -431,7 +408,7 @@ def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig,
         _step(2 * losses.pop("family") + sum(losses.values()), params, opt, schedule)
     _rescale(tower, pixels[::80])
 
-# %% ../nbs/01_world.ipynb #cell052
+# %% ../nbs/01_world.ipynb #cell051
 @torch.no_grad()
 def _rescale(tower, pixels: torch.Tensor):
     "Bring the features to unit spread: every write to the residual stream is linear in these weights."
@@ -439,7 +416,7 @@ def _rescale(tower, pixels: torch.Tensor):
     for name, p in tower.named_parameters():
         if any(writes in name for writes in ("pre_layrnorm", "out_proj", "fc2")): p.mul_(factor)
 
-# %% ../nbs/01_world.ipynb #cell054
+# %% ../nbs/01_world.ipynb #cell053
 def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gold: bool) -> tuple[int, str, str]:
     "One training example of the base model: index of the look, question, answer."
     n, u = rng.randrange(len(looks)), rng.random()
@@ -454,7 +431,7 @@ def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gol
         return n, rng.choice(HARMLESS[k]), world.fact(look, k)
     return n, rng.choice(PRIVATE), rng.choice(REFUSALS)
 
-# %% ../nbs/01_world.ipynb #cell055
+# %% ../nbs/01_world.ipynb #cell054
 class TextBatcher:
     "Questions and answers to right-padded ids and labels, image tokens in place; texts are tokenized once."
     def __init__(self, processor, image_tokens: int):
@@ -474,7 +451,7 @@ class TextBatcher:
             labels[r, len(i) - n:len(i)] = ids[r, len(i) - n:len(i)]
         return ids, labels
 
-# %% ../nbs/01_world.ipynb #cell056
+# %% ../nbs/01_world.ipynb #cell055
 def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Cross-entropy on answer tokens, from the tower's features [R, 16, width]; the head sees only label positions."
     embeds = model.get_input_embeddings()(ids)
@@ -484,7 +461,7 @@ def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.
     target = labels[:, 1:]
     return F.cross_entropy(model.lm_head(hidden[:, :-1][target != -100]), target[target != -100])
 
-# %% ../nbs/01_world.ipynb #cell057
+# %% ../nbs/01_world.ipynb #cell056
 def train_language(model, processor, world: World, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
     "Teach projector and language model the world; the tower stays as it is."
     with torch.no_grad():
@@ -498,13 +475,13 @@ def train_language(model, processor, world: World, looks: list[Look], pixels: to
         ids, labels = batcher([(q, a) for _, q, a in lessons])
         _step(answer_loss(model, features[[n for n, *_ in lessons]], ids, labels), params, opt, schedule)
 
-# %% ../nbs/01_world.ipynb #cell061
+# %% ../nbs/01_world.ipynb #cell060
 def cache_dir() -> Path:
     "Where trained base models are kept: `$SAFEERASER_CACHE`, or the user's cache directory."
     import platformdirs
     return Path(os.environ.get("SAFEERASER_CACHE") or platformdirs.user_cache_dir("safeeraser"))
 
-# %% ../nbs/01_world.ipynb #cell062
+# %% ../nbs/01_world.ipynb #cell061
 def cached_folder(name: str,
                   make  # called with an empty folder to fill
                   ) -> Path:
@@ -523,7 +500,7 @@ def cached_folder(name: str,
         raise SafeEraserError(f"{cache_dir()}: the cache cannot be written ({e.strerror}); set SAFEERASER_CACHE to a folder that can") from None
     return folder
 
-# %% ../nbs/01_world.ipynb #cell063
+# %% ../nbs/01_world.ipynb #cell062
 def _is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder/"sizes.json").read_text())
@@ -531,7 +508,7 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/01_world.ipynb #cell065
+# %% ../nbs/01_world.ipynb #cell064
 def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     "The trained tower, shared by base and gold model of a seed."
     from safetensors.torch import save_file
@@ -544,7 +521,7 @@ def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     same_tower = BaseConfig(**asdict(cfg) | {"gold": False, "steps": 0, "caption_steps": 0, "batch": 0, "lr": 0.0})
     return cached_folder("tower-" + same_tower.key, make)
 
-# %% ../nbs/01_world.ipynb #cell066
+# %% ../nbs/01_world.ipynb #cell065
 def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
     "Folder of the trained model that `cfg` describes, from the cache or trained now."
     from safetensors.torch import load_file
@@ -562,7 +539,7 @@ def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
                                                "train_seconds": round(seconds, 1), "config": asdict(cfg)})
     return cached_folder(cfg.key, make)
 
-# %% ../nbs/01_world.ipynb #cell069
+# %% ../nbs/01_world.ipynb #cell068
 def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/model` and with `gold` `out/gold`
                seed: int = 0,             # governs data and models
                gold: bool = False,        # also the model that never saw the hazards' recipes

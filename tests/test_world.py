@@ -145,6 +145,6 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path, cache):
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(SafeEraserError, match=r"dataset: cannot be written \(No space left on device\)"):
         write_dataset(World(0), tmp_path / "w" / "dataset", {"train": 2})
     assert not list((tmp_path / "w").iterdir())
