@@ -122,15 +122,17 @@ def test_a_replaced_image_stops_a_resumed_run(tiny, tmp_path):
     from PIL import Image
     shutil.copytree(tiny.data.parent, tmp_path / "w")
     data = tmp_path / "w" / "dataset"
-    out = generate(tiny.model, data, tmp_path / "r.jsonl", progress=False)
-    part = tmp_path / "r.jsonl.part"
+    out, part = tmp_path / "r.jsonl", tmp_path / "r.jsonl.part"
     import safeeraser.generate as g
-    requests = g.plan_requests(data)
-    def killed(*args, **kwargs): raise KeyboardInterrupt
+    requests, answer, batches = g.plan_requests(data), g.answer_batch, []
+    def killed(*args, **kwargs):
+        if batches: raise KeyboardInterrupt
+        batches.append(1)
+        return answer(*args, **kwargs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g, "answer_batch", killed)
         with pytest.raises(KeyboardInterrupt): generate(tiny.model, data, out, progress=False)
-    assert part.exists()
+    assert len(part.read_text().splitlines()) == 1 + 8 and not out.exists()  # a header, and the first batch
     image = requests[0].item.image
     Image.new("RGB", Image.open(image).size, "black").save(image)
     with pytest.raises(SafeEraserError, match="other settings, questions or images"): generate(tiny.model, data, out, progress=False)
