@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutput
 
 import safeeraser.cache as cache
 from safeeraser.cache import FeatureStore, VisionCache, fingerprints, frozen_fingerprint
@@ -110,6 +111,29 @@ def test_memory_stays_below_its_bound():
     store = FeatureStore(1000)
     for k in range(50): store.put(str(k), {"a": torch.zeros(30)})
     assert store.size <= 1000 and len(store.kept) == 8 and store.get("49") is not None and store.get("0") is None
+
+
+def test_what_was_used_last_is_kept_longest():
+    store = FeatureStore(2 * 40)
+    for name in ("a", "b"): store.put(name, {"x": torch.zeros(10)})
+    store.get("a")
+    store.put("c", {"x": torch.zeros(10)})
+    assert [store.get(n) is not None for n in "abc"] == [True, False, True]
+
+
+def test_a_tower_s_other_inputs_count(tiny):
+    "The same pixels under another mask are other features; a mask that is not one a row is left to the tower."
+    model, batch = pixels_and_model(tiny)
+    pixels, looked = batch["pixel_values"], []
+    def tower(pixel_values, mask):
+        looked.append(len(pixel_values))
+        return BaseModelOutput(last_hidden_state=pixel_values.flatten(1) * mask)
+    model.model.vision_tower.forward = tower
+    mask = torch.arange(1., len(pixels) + 1)[:, None]
+    with VisionCache(model) as kept:
+        for m in (mask, 2 * mask, mask, torch.full((1, 1), 3.)):
+            assert torch.equal(model.model.vision_tower.forward(pixels, mask=m).last_hidden_state, pixels.flatten(1) * m)
+    assert kept.computed == 2 * len(pixels) and len(looked) == 3  # twice kept, the last time only passed on
 
 
 def test_fingerprints_tell_apart_what_differs():

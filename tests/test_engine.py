@@ -24,7 +24,9 @@ def scores_of(engine, items, steps):
     return torch.stack(found)
 
 
-def test_scores_are_those_of_plain_forward_passes(sharp, tiny):
+@pytest.mark.parametrize("room", [64, 4])  # 4: the memory of a batch's own tokens has to grow on the way
+def test_scores_are_those_of_plain_forward_passes(room, sharp, tiny, monkeypatch):
+    monkeypatch.setattr("safeeraser.engine.ROOM", room)
     model, encoder = sharp
     items, steps = questions(tiny)[::3], 5
     found = scores_of(Engine(*sharp), items, steps)
@@ -45,6 +47,9 @@ def test_greedy_answers_are_generate_s(sharp, tiny):
     assert Engine(*sharp).answer(items, 10) == expected
     assert Engine(*sharp, tokens_at_once=1).answer(items, 10) == expected      # an image at a time
     assert [Engine(*sharp).answer([i], 10)[0] for i in items] == expected      # a question at a time
+    rows = Packer(sharp[1]).pack_prompts(items)
+    batches = lambda n: [len(b) for b in Engine(*sharp, tokens_at_once=n)._batches(rows, 10)]
+    assert batches(1) == [1] * len(rows) and batches(2**20) == [len(rows)] and 1 < len(batches(400)) < len(rows)
 
 
 def test_samples_do_not_depend_on_the_batch(sharp, tiny):
@@ -71,6 +76,15 @@ def test_rows_that_ended_leave(sharp, tiny, monkeypatch):
     assert sizes[0] == len(items) and sizes[-1] < len(items) / 2
     ids = lambda text: encoder.processor.tokenizer(text, add_special_tokens=False).input_ids
     for before, after in zip(words, map(ids, cut)): assert after == before[:before.index(common) + 1] if common in before else after == before
+
+
+def test_samples_stay_a_row_s_own_when_others_leave(sharp, tiny):
+    "Every third word ends an answer."
+    items, engine = questions(tiny) * 2, Engine(*sharp)
+    engine.ends = set(range(0, len(sharp[1].processor.tokenizer), 3))
+    alone = [engine.answer([item], 10, RowSampler([k], 1.0, .9))[0] for k, item in enumerate(items)]
+    assert len({len(a.split()) for a in alone}) > 2
+    assert engine.answer(items, 10, RowSampler(list(range(len(items))), 1.0, .9)) == alone
 
 
 def test_images_are_kept_apart(sharp, tiny):
@@ -102,6 +116,7 @@ def test_grouped_query_heads_and_padding():
 
 def test_a_model_that_fails_the_check_answers_the_ordinary_way(sharp, tiny):
     model, encoder = sharp
+    model.set_attn_implementation("sdpa")
     before = attention_of(model)
     class Shifted(type(model)):
         def forward(self, *args, position_ids=None, **kwargs): return super().forward(*args, **kwargs)
