@@ -150,3 +150,25 @@ def test_a_trained_tower_is_left_alone(tiny):
     with VisionCache(model) as kept: model(**batch)
     assert kept.why == "the vision tower is being trained" and kept.seen == 0
     assert frozen_fingerprint(model.model.vision_tower) == frozen_fingerprint(torch.nn.Identity())
+
+
+@pytest.mark.parametrize("more", [False, True])  # whether the model does more to its scores than its head
+def test_a_reference_kept_in_part_is_asked_anew(more, tiny):
+    from safeeraser.model import add_adapter
+    from safeeraser.packing import Packer, packed_log_probs, stack_rows, use_route
+    model, processor = load_model(tiny.model, "cpu")
+    plain = model.forward
+    def softer(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = 3 * torch.tanh(out.logits / 3)
+        return out
+    if more: model.forward = softer
+    adapted = add_adapter(model, 4, 8)
+    use_route(adapted, "dense")
+    retain = load_sets(tiny.data).retain
+    batch = lambda items: stack_rows(Packer(Encoder(processor)).pack([Row("retain", i, i.answer) for i in items], list(range(len(items)))), ("retain",))["reference"]
+    kept = cache.ReferenceCache(adapted, 2**20)
+    for items in (retain[:2], retain[:4], retain[2:4]):
+        found = kept.log_probs(adapted, batch(items), "dense")
+        with torch.no_grad(), cache.vanilla(adapted): assert torch.allclose(found, packed_log_probs(adapted, batch(items), "dense"), atol=1e-5)
+    assert kept.computed == (2 + 4 + 2 if more else 2 + 4) and bool(kept.why) == more
