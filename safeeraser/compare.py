@@ -14,7 +14,7 @@ from pathlib import Path
 from .data import HARMLESS_KEYS, Place, read_json_records, Record, SafeEraserError
 from .generate import SCHEMA_VERSION
 from .judge import verdict
-from .metrics import judge_of, MEASURES, Source, split_runs
+from .metrics import _rouge_l, judge_of, MEASURES, Source, split_runs
 from .plot import _cell, _columns, in_order, method_name
 
 # %% ../nbs/19_compare.ipynb #cell008
@@ -107,8 +107,7 @@ def to_markdown(results: dict) -> str:
 
 # %% ../nbs/19_compare.ipynb #cell022
 def _official_rouge(row: dict, verdicts: dict) -> float | None:
-    from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer(["rougeL"], use_stemmer=True).score(row["response"], row["reference"])["rougeL"].precision if row.get("reference") else None
+    return _rouge_l(row["response"], row["reference"], stems=True).precision if row.get("reference") else None
 
 
 OFFICIAL = {k: MEASURES[k] for k in ("asr_efficacy", "rr_efficacy", "asr_generality", "rr_generality", "rouge_l_precision", "gpt_eval", "sarr")}

@@ -72,9 +72,9 @@ def says(question: str, negate: bool = False) -> Callable:
 
 # %% ../nbs/07_metrics.ipynb #cell013
 @lru_cache(maxsize=2**16)
-def _rouge_l(reference: str, response: str):
+def _rouge_l(reference: str, response: str, stems: bool = False):
     from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer(["rougeL"]).score(reference, response)["rougeL"]
+    return RougeScorer(["rougeL"], use_stemmer=stems).score(reference, response)["rougeL"]
 
 
 def rouge(part: str) -> Callable:

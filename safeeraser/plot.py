@@ -56,7 +56,7 @@ def in_order(methods: Iterable[str]  # with repetitions, as rows have them
     methods = list(dict.fromkeys(methods))
     first = [m for m in ("base", "gold") if m in methods]
     rest = dict.fromkeys(without_pd(m) for m in methods if m not in first)
-    return first + [m for base in rest for m in sorted((m for m in methods if without_pd(m) == base), key=lambda m: m != base)]
+    return first + [m for base in rest for m in (base, plus_pd(base)) if m in methods]
 
 # %% ../nbs/08_plot.ipynb #cell017
 def _columns(rows: list[dict]) -> list[str]:

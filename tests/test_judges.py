@@ -222,15 +222,14 @@ def test_a_judgement_killed_at_random_moments(server, tmp_path):
 def reader(tmp_path):
     "A folder with a language model of random weights, whose words are those of the rows."
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    words = {w: n for n, w in enumerate(["<pad>", "</s>", "<unk>", "yes", "no", "safe", "unsafe", *sorted({w for r in rows(40) for w in (r["question"] + " " + r["response"]).split()})])}
-    raw = Tokenizer(models.WordLevel(words, "<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from safeeraser.data import word_processor
+    words = " ".join(r["question"] + " " + r["response"] for r in rows(40)).split()
+    tokenizer = word_processor(["yes", "no", "safe", "unsafe", *words]).tokenizer
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0, eos_token_id=1))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
     for part in (model, tokenizer): part.save_pretrained(tmp_path / "reader")
     return tmp_path / "reader"
 
