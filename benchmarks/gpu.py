@@ -12,9 +12,10 @@ import torch
 
 from loops import generate_published, generate_shared, packed, published
 from measure import alternate, ratios
-from safeeraser.data import Encoder, progress_bar, write_whole
+from safeeraser.core import environment, progress_bar, write_whole
+from safeeraser.data import Encoder
 from safeeraser.loss import parse_objective
-from safeeraser.model import add_adapter, environment
+from safeeraser.model import add_adapter
 from safeeraser.packing import check_packing
 from shape import asked, build_model, build_processor, make_records, SHAPES, token_counts
 

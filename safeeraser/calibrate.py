@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import SafeEraserError
+from .core import SafeEraserError
 from .generate import write_rows
 from .judge import agreement, Agreement, QUESTIONS, verdict
 

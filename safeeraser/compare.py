@@ -11,7 +11,8 @@ import csv, io
 from dataclasses import replace
 from pathlib import Path
 
-from .data import HARMLESS_KEYS, Place, read_json_records, Record, SafeEraserError
+from .core import Place, SafeEraserError
+from .data import HARMLESS_KEYS, read_json_records, Record
 from .generate import SCHEMA_VERSION
 from .judge import verdict
 from .metrics import _rouge_l, judge_of, MEASURES, Source, split_runs

@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import pad
 
 from .data import Encoder, Item, Row
-from .packing import attention_of, check_packing, check_plain_causal, FAILURES, first_line, flash, merge_attention, nothing_masked, PackedRow, Packer, position_ids, set_attention, stack_rows, to_device, tolerance, unwrapped, use_route, Verdict
+from .core import first_line
+from .packing import attention_of, check_packing, check_plain_causal, FAILURES, flash, merge_attention, nothing_masked, PackedRow, Packer, position_ids, set_attention, stack_rows, to_device, tolerance, unwrapped, use_route, Verdict
 
 # %% ../nbs/12_engine.ipynb #cell008
 def look(q: torch.Tensor,                   # [..., m, D] queries

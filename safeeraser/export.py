@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .data import Encoder, new_folder, SafeEraserError, write_whole
+from .core import new_folder, SafeEraserError, write_whole
+from .data import Encoder
 from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
 from .trainer import save_model
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from .engine import check_engine, Engine
-from .data import Encoder, Item, load_sets, progress_bar, SafeEraserError, settings_of, write_whole
-from .model import adapter_file, cpu_threads, load_adapter, load_model, only_here, out_of_memory
+from .core import cpu_threads, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
+from .data import Encoder, Item, load_sets, settings_of
+from .model import adapter_file, load_adapter, load_model
 
 SCHEMA_VERSION = 1
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import SafeEraserError
+from .core import SafeEraserError
 from .generate import read_rows, write_rows
 from .world import FACTS, HARMLESS, INSTRUCTIONS, RECIPES, REFUSALS
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .data import progress_bar, SafeEraserError
+from .core import progress_bar, SafeEraserError
 from .judge import verdict
 from .server import ask_all, Call, Reply, ReplyCache, Server
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from .data import SafeEraserError
+from .core import SafeEraserError
 
 # %% ../nbs/03_loss.ipynb #cell006
 @dataclass

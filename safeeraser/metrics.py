@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import SafeEraserError
+from .core import SafeEraserError
 from .generate import read_rows, SCHEMA_VERSION
 
 # %% ../nbs/07_metrics.ipynb #cell006

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, Item, load_image, load_records, load_refusals, parse_record, Place, progress_bar, read_json_records, Record, resolve_image, SafeEraserError, settings_of, to_json, UnsafePair, write_whole
-from .model import only_here
+from .core import only_here, Place, progress_bar, SafeEraserError, write_whole
+from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, Item, load_image, load_records, load_refusals, parse_record, read_json_records, Record, resolve_image, settings_of, to_json, UnsafePair
 
 # %% ../nbs/13_official.ipynb #cell009
 LARGE = 20_000_000  # pixels; larger images are reported, for they cost seconds each time they are read

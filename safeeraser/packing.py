@@ -8,7 +8,7 @@ __all__ = ['PASS_TOKENS', 'SPLIT', 'ROUTES', 'SHORT_ROW', 'FAILURES', 'PackedRow
            'flash', 'flash_backward', 'SplitAttention', 'Rows', 'split_attention', 'register_split', 'unwrapped',
            'attention_of', 'set_attention', 'use_route', 'position_ids', 'check_plain_causal', 'packed_masks',
            'nothing_masked', 'packed_log_probs', 'Verdict', 'preferred_routes', 'tolerance', 'check_packing',
-           'first_line', 'to_device', 'PackedCollator']
+           'in_precision', 'to_device', 'PackedCollator']
 
 # %% ../nbs/10_packing.ipynb #cell003
 import hashlib
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.functional import log_softmax, pad
 
-from .data import count_items, Encoder, Item, KINDS, number_items, Row, SafeEraserError
+from .core import SafeEraserError
+from .data import count_items, Encoder, Item, KINDS, number_items, Row
 from .model import anatomy
 
 # %% ../nbs/10_packing.ipynb #cell008
@@ -70,11 +71,18 @@ class CannotPack(SafeEraserError):
     "This model or processor does not allow rows to share an image; its message says why."
 
 # %% ../nbs/10_packing.ipynb #cell019
-def _behind_image(tokenizer, prompt: str, question: str) -> int:
-    "Where in the prompt plain text begins: behind the last special token in front of the question."
+def _behind_image(tokenizer, prompt: str, question: str) -> tuple[str, int]:
+    "The last special token in front of the question, and where in the prompt plain text begins behind it."
     start = prompt.rfind(question)
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
-    return max((prompt.rfind(t, 0, start) + len(t) for t in special if t in prompt[:start]), default=0)
+    end, last = max(((prompt.rfind(t, 0, start) + len(t), t) for t in special if t in prompt[:start]), default=(0, ""))
+    return last, end
+
+
+def _ids_behind(tokenizer, special: str, text: str) -> list[int]:
+    "The tokens of a text as it stands behind a special token: SentencePiece puts a blank before the first word of a text, and only there."
+    ids = tokenizer(special + text, add_special_tokens=False).input_ids
+    return ids[1:] if special else ids
 
 
 @dataclass
@@ -98,11 +106,10 @@ class Packer:
 
     def _cut(self, row: Row, prompt: str, answer: str, n_answer: int) -> _Segmented:
         tok = self.encoder.processor.tokenizer
-        text, start = prompt + answer, _behind_image(tok, prompt, row.item.question)
+        text, (special, start) = prompt + answer, _behind_image(tok, prompt, row.item.question)
         if (mark := getattr(self.encoder.processor, "image_token", None)) and mark in text[start:]:
             raise CannotPack("the chat template puts the image behind the question")
-        tail = tok(text[start:], add_special_tokens=False).input_ids
-        return _Segmented(row, text, tail, n_answer)
+        return _Segmented(row, text, _ids_behind(tok, special, text[start:]), n_answer)
 
     def _head(self, first: _Segmented) -> tuple[list[int], dict, dict]:
         "The tokens in front of `first.tail`, the image's inputs, and inputs with an entry a token."
@@ -503,10 +510,13 @@ def check_packing(model, encoder: Encoder,
         model.train(training)
 
 # %% ../nbs/10_packing.ipynb #cell058
-def first_line(e: Exception) -> str: return f"{(str(e).strip() or type(e).__name__).splitlines()[0]:.160}"
-
-
 FAILURES = (CannotPack, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+def in_precision(model):
+    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32."
+    dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
+    return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 def to_device(batch, device):
@@ -527,8 +537,7 @@ def _labelled(model, inputs: dict) -> torch.Tensor:
 def _measured(model, compute) -> tuple[torch.Tensor, torch.Tensor]:
     "Log-probabilities, and the gradient of their mean as one vector (empty where nothing is trainable)."
     trainable = [p for p in model.parameters() if p.requires_grad]
-    dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
-    with torch.set_grad_enabled(bool(trainable)), torch.autocast(device, dtype, enabled=dtype != torch.float32):  # as the trainer does
+    with torch.set_grad_enabled(bool(trainable)), in_precision(model):
         logp = compute()
         found = torch.autograd.grad(logp.mean(), trainable, allow_unused=True) if trainable else []
     return logp.detach(), torch.cat([g.float().flatten() for g in found if g is not None] or [torch.zeros(0)])
@@ -541,8 +550,9 @@ def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
     last = int((inputs.pop("labels")[0] != -100).nonzero()[0]) - 1  # of the prompt: an answer is never looked at from in front of it
     other = inputs["input_ids"].clone()
     other[0, last] = other[0, last + 1]
-    first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :last].float() for ids in (inputs["input_ids"], other))
-    return not torch.allclose(first, second, atol=1e-3)
+    with in_precision(model):
+        first, second = (model(**inputs | {"input_ids": ids}, use_cache=False).logits[0, :last].float() for ids in (inputs["input_ids"], other))
+    return (first - second).abs().max().item() > max(1e-3, tolerance(model))
 
 
 def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ __all__ = ['NoVideos', 'image_only', 'processor_class', 'load_processor', 'copy_
 from functools import lru_cache
 from pathlib import Path
 
-from .data import SafeEraserError
+from .core import SafeEraserError
 
 # %% ../nbs/21_processors.ipynb #cell008
 class NoVideos:

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'CONFIG_KEYS', 'preset', 'read_config', 'configuration', '
 import difflib, hashlib, json, re, subprocess
 from pathlib import Path
 
-from .data import SafeEraserError, write_whole
+from .core import SafeEraserError, write_whole
 
 # %% ../nbs/18_runs.ipynb #cell006
 _PAPER = {"lora_r": 32, "lora_alpha": 256, "lora_dropout": .05, "learning_rate": 1e-4, "weight_decay": .01, "lr_scheduler_type": "cosine", "warmup_steps": .06,

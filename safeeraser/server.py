@@ -15,7 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .data import load_image, progress_bar, SafeEraserError
+from .core import progress_bar, SafeEraserError
+from .data import load_image
 
 # %% ../nbs/15_server.ipynb #cell008
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json, os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import SafeEraserError, write_whole
+from .core import SafeEraserError, write_whole
 from .generate import SCHEMA_VERSION
 
 # %% ../nbs/22_specificity.ipynb #cell006

@@ -9,7 +9,7 @@ __all__ = ['SPLIT', 'dev_score', 'combinations', 'sweep', 'sweep_text']
 import itertools, json
 from pathlib import Path
 
-from .data import progress_bar, SafeEraserError, write_whole
+from .core import progress_bar, SafeEraserError, write_whole
 from .metrics import measure, MEASURES
 
 # %% ../nbs/20_sweep.ipynb #cell006

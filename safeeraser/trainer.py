@@ -21,11 +21,12 @@ from torch.nn.functional import log_softmax
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .data import Collator, Encoder, KINDS, load_refusals, load_sets, progress_bar, Row, SafeEraserError, Sets, settings_of, Slot, SlotDataset, SlotSampler, write_whole
+from .core import cpu_threads, environment, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
+from .data import Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import CannotPack, check_packing, packed_log_probs, PackedCollator, Packer, ROUTES, Verdict
 from .cache import ReferenceCache, VisionCache
-from .model import add_adapter, cpu_threads, environment, fold_projector, load_model, model_fingerprint, only_here, out_of_memory, train_whole, vanilla
+from .model import add_adapter, fold_projector, load_model, model_fingerprint, pick_device, train_whole, vanilla
 from .processors import copy_processor
 
 # %% ../nbs/04_trainer.ipynb #cell006
@@ -64,6 +65,7 @@ class UnlearnConfig(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
+        self.use_cpu |= pick_device().type == "cpu"  # the Trainer refuses bf16 without a GPU unless it is told
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()
         self._n_gpu = min(1, self.n_gpu)  # several GPUs are for torchrun: DataParallel would average what we sum
@@ -391,7 +393,7 @@ def probe(trainer: UnlearnTrainer) -> dict:
     batch = trainer.data_collator([data[Slot(k, ride_along)] for k in by_length(forget)[:args.train_batch_size]])
     if cuda: torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+    with torch.random.fork_rng(), trainer.accelerator.autocast():
         trainer.model.to(args.device).train()
         for part in batch.get("passes", [batch]): trainer.compute_loss(trainer.model, trainer._prepare_inputs(part)).backward()
     trainer.model.zero_grad(set_to_none=True)

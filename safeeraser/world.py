@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
 
-from .data import count_answer_tokens, new_folder, progress_bar, render_answered, SafeEraserError, word_processor
-from .model import cpu_threads
+from .core import cpu_threads, new_folder, progress_bar, SafeEraserError
+from .data import count_answer_tokens, render_answered, word_processor
 
 # %% ../nbs/01_world.ipynb #cell006
 def _regular(n: int, inner: float | None = None) -> list:

@@ -80,7 +80,7 @@ def _new(folder: Path) -> Path:
 def main():
     "Try all families; what was found is the table."
     from test_families import make_sets
-    from safeeraser.model import environment
+    from safeeraser.core import environment
     with tempfile.TemporaryDirectory() as folder:
         sets = make_sets(Path(folder))
         found = {name: journey(name, sets, _new(Path(folder) / str(k))) for k, name in enumerate(FAMILIES)}

@@ -4,7 +4,8 @@ import json
 import pytest
 from PIL import Image
 
-from safeeraser.data import SafeEraserError, load_image, load_records, load_refusals, load_sets, parse_record, Place, to_json
+from safeeraser.core import SafeEraserError, Place
+from safeeraser.data import load_image, load_records, load_refusals, load_sets, parse_record, to_json
 
 GOOD = {"image_path": "dataset/img/Weapon/1.png", "SDImage_path": "dataset/pdset/image/Weapon/train/1.png",
         "unsafe_pairs": [{"question": "q", "model_response": "a", "sd_response": "s"}],

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from safeeraser.data import SafeEraserError, load_sets
+from safeeraser.core import SafeEraserError
+from safeeraser.data import load_sets
 from safeeraser.engine import Answers, Engine, Prefix, check_engine
 from safeeraser.generate import RowSampler, answer_batch, generate
 from safeeraser.packing import Packer, attention_of

@@ -12,7 +12,8 @@ from PIL import Image
 
 from safeeraser import trainer
 from safeeraser.cache import VisionCache
-from safeeraser.data import Collator, Encoder, Item, KINDS, parse_record, Place, Row, SafeEraserError, Sets, Slot, SlotDataset
+from safeeraser.core import Place, SafeEraserError
+from safeeraser.data import Collator, Encoder, Item, KINDS, parse_record, Row, Sets, Slot, SlotDataset
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, anatomy, load_adapter, vanilla
 from safeeraser.packing import CannotPack, check_packing, PackedCollator, Packer, packed_log_probs, passes, Rows, split_attention, stack_rows, use_route

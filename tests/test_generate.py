@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from safeeraser.data import SafeEraserError, load_sets
+from safeeraser.core import SafeEraserError
+from safeeraser.data import load_sets
 from safeeraser.generate import ROW_KEYS, RowSampler, answer_batch, generate, plan_requests, read_rows
 from safeeraser.model import add_adapter
 from safeeraser.trainer import unlearn

@@ -10,7 +10,7 @@ import time
 import pytest
 from scripted import careful, scripted, speak
 
-from safeeraser.data import SafeEraserError
+from safeeraser.core import SafeEraserError
 from safeeraser.generate import generate, read_rows, write_rows
 from safeeraser.judge import QUESTIONS
 from safeeraser.judges import ASKS, KNOWN, ModelJudge, calls_of, judge_with, local_judge, server_judge, try_judge

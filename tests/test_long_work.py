@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeeraser.data import SafeEraserError, progress_bar
+from safeeraser.core import SafeEraserError, progress_bar
 from safeeraser.generate import generate, read_rows
 from safeeraser.trainer import unlearn
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from safeeraser.data import SafeEraserError
+from safeeraser.core import SafeEraserError
 from safeeraser.generate import write_rows
 from safeeraser.judge import exact_judge, find_gibberish, judge, opens_with_refusal, rule_judge
 from safeeraser.metrics import MEASURES, bootstrap, make_results, pd_effect, rate, report, result_row

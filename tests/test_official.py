@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from safeeraser import data as data_module
-from safeeraser.data import Encoder, load_image, load_refusals, load_sets, open_image, Record, SafeEraserError, settings_of
+from safeeraser.core import SafeEraserError
+from safeeraser.data import Encoder, load_image, load_refusals, load_sets, open_image, Record, settings_of
 from safeeraser.official import Asked, check_dataset, convert, look_at, make_answers, read_table
 from safeeraser.world import World, write_dataset
 

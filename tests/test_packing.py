@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeeraser.data import KINDS, Collator, Encoder, SafeEraserError, SlotDataset, epoch_plan, load_refusals, load_sets
+from safeeraser.core import SafeEraserError
+from safeeraser.data import KINDS, Collator, Encoder, SlotDataset, epoch_plan, load_refusals, load_sets
 from safeeraser.loss import METHODS, parse_objective
 from safeeraser.model import add_adapter, load_model
 from safeeraser.packing import PackedCollator, Packer, check_packing, only, own_positions, packing_mask, passes, segment_numbers, stack_rows, use_route

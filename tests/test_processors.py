@@ -7,7 +7,8 @@ import torch
 import transformers
 from families import FAMILIES
 from PIL import Image
-from safeeraser.data import Encoder, SafeEraserError
+from safeeraser.core import SafeEraserError
+from safeeraser.data import Encoder
 from safeeraser.model import load_model
 from safeeraser.processors import copy_processor, image_only, load_processor, NoVideos
 from transformers.utils import is_torchvision_available

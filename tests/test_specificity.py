@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from safeeraser.data import SafeEraserError
+from safeeraser.core import SafeEraserError
 from safeeraser.specificity import read_specificity, specificity
 
 STAND_IN = '''

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from safeeraser.data import Encoder, Item, Row, SafeEraserError
+from safeeraser.core import SafeEraserError
+from safeeraser.data import Encoder, Item, Row
 
 CONTENT = "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
 TEMPLATES = {  # each: template, the token that ends the assistant's turn

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from safeeraser.data import KINDS, Encoder, Row, SafeEraserError, SlotDataset, epoch_plan, load_refusals, load_sets
+from safeeraser.core import SafeEraserError
+from safeeraser.data import KINDS, Encoder, Row, SlotDataset, epoch_plan, load_refusals, load_sets
 from safeeraser.loss import METHODS, Objective, Term, parse_objective
 from safeeraser.model import add_adapter, load_adapter, load_model, vanilla
 from safeeraser.trainer import UnlearnConfig, UnlearnTrainer, last_checkpoint, unlearn

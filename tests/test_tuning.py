@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from safeeraser.cli import app
-from safeeraser.data import Encoder, SafeEraserError
+from safeeraser.core import SafeEraserError
+from safeeraser.data import Encoder
 from safeeraser.export import import_checkpoint, merge
 from safeeraser.generate import generate, read_rows
 from safeeraser.model import add_adapter, load_adapter, load_model, vanilla

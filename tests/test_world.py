@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safeeraser.data import SafeEraserError, load_records, load_sets
+from safeeraser.core import SafeEraserError
+from safeeraser.data import load_records, load_sets
 from safeeraser.world import (COLOURS, DECOUPLE_FAMILIES, FAMILIES, HARMLESS, HARMLESS_WORDING, HAZARDS, HELD_OUT_FAMILIES, INSTRUCTIONS,
                               RECIPES, SILHOUETTES, SLOTS, UNSAFE_WORDING, BaseConfig, World, base_model, draw, make_split, make_world,
                               random_look, write_dataset)
