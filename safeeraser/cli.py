@@ -251,58 +251,89 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
           view: Annotated[str, typer.Option(help="What a model sees: question (with the response) or response (alone, as the published judges).")] = "question",
           data: Annotated[Optional[Path], typer.Option(help="Dataset folder: show a server's model the images too.")] = None,
           at_once: Annotated[int, typer.Option(help="Calls to a server at a time.", min=1)] = 8,
+          max_tokens: Annotated[Optional[int], typer.Option(help="Longest reply of a server's or chat model, its thought included (default 1024).", min=1)] = None,
+          refresh: Annotated[bool, typer.Option("--refresh", help="Ask a model everything anew, whatever it said before.")] = False,
           trust: Annotated[bool, typer.Option("--trust", help="Score even what a judge failed on the known labels; the result says so.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls and tokens a judgement will take; nothing is asked.")] = False,
           calibrate: Annotated[Optional[str], typer.Option(help="Compare judges already in the file with this one: the name of a judge (exact), or a file of labels.")] = None):
-    "Add a judge's verdicts to responses."
-    from safeeraser.core import SafeEraserError
-    from safeeraser.generate import read_rows, write_rows
-    from safeeraser.judge import judge_rows, pick_judge, QUESTIONS
-    rows = read_rows(responses)
-    if calibrate:
-        from safeeraser.calibrate import calibration_text
-        return print(calibration_text(rows, calibrate, out))
-    if judge not in ("server", "guard", "chat"):
-        pick_judge(judge)
-        if out is None: raise SafeEraserError("--out is missing: the file to write")
-        rows, name, trials = judge_rows(rows, judge), judge, {}
-    else:
-        found = _model_judge(judge, model, server, view, data, at_once)
-        if dry_run: return print(_cost(found, rows, server, model))
-        if out is None: raise SafeEraserError("--out is missing: the file to write")
-        from safeeraser.judges import judge_with
-        rows, trials, name = judge_with(found, rows, trust)
-    write_rows(out, rows)
-    print(f"judge: {name}")
-    for q, t in trials.items(): print(f"{q:11} {t}{'' if t.passed else ': scored only because of --trust' if trust else ': scores nothing'}")
-    for q in QUESTIONS:
-        values = [r["verdicts"][name][q]["value"] for r in rows]
-        print(f"{q:11} yes {values.count(True):5}   no {values.count(False):5}   unscored {values.count(None):5}")
+    "Add a judge's verdicts to responses. What a model fails on the known labels stays unscored, and is said; one that can't be asked ends the command with exit code 2."
+    from safeeraser.core import only_here, plain_file
+    from safeeraser.generate import read_rows
+    if calibrate: return print(_calibrated(responses, calibrate, out))
+    _check_judge(judge, out, view, {"model": model, "server": server, "data": data, "max-tokens": max_tokens, "trust": trust, "refresh": refresh, "dry-run": dry_run})
+    build = lambda: _model_judge(judge, model, server, view, data, at_once, max_tokens, refresh, responses)
+    if dry_run: return print(_cost(read_rows(responses), build))
+    with only_here(plain_file(out)): print(_judged(responses, out, judge, build, trust))
 
 # %% ../nbs/09_cli.ipynb #cell050
+_ASKED = {"server": ("model", "server", "data", "max-tokens", "trust", "refresh", "dry-run"), "guard": ("model", "trust", "refresh", "dry-run"),
+          "chat": ("model", "max-tokens", "trust", "refresh", "dry-run")}  # judges that are models, with the options that mean something to them
+
+
+def _check_judge(judge: str, out: Path | None, view: str, given: dict):
+    "Raises `SafeEraserError` where an option is missing, or would do nothing."
+    from safeeraser.core import plain_file, SafeEraserError
+    from safeeraser.judge import pick_judge
+    if judge not in _ASKED: pick_judge(judge)
+    if idle := [o for o, value in given.items() if value and o not in _ASKED.get(judge, ())]: raise SafeEraserError(f"--{idle[0]} does nothing for --judge {judge}; leave it out")
+    if judge in _ASKED:
+        from safeeraser.judges import VIEWS
+        if not given["model"]: raise SafeEraserError(f"--judge {judge} wants --model: which model judges")
+        if judge == "server" and not given["server"]: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
+        if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
+    if out is None and not given["dry-run"]: raise SafeEraserError("--out is missing: the file to write")
+    if out: plain_file(out)
+
+# %% ../nbs/09_cli.ipynb #6b8667a8
 def _replies() -> Path:
     from platformdirs import user_cache_path
     return user_cache_path("safeeraser")/"replies"
 
 
-def _model_judge(kind: str, model: str | None, server: str | None, view: str, data: Path | None, at_once: int):
+def _model_judge(kind: str, model: str, server: str | None, view: str, data: Path | None, at_once: int, max_tokens: int | None, refresh: bool, responses: Path):
     "A judge that is a model."
-    from safeeraser.core import Place, SafeEraserError
+    from safeeraser.core import Place
     from safeeraser.data import resolve_image
-    from safeeraser.judges import local_judge, server_judge
+    from safeeraser.judges import local_judge, MAX_TOKENS, server_judge
     from safeeraser.server import Server
-    if not model: raise SafeEraserError(f"--judge {kind} wants --model: which model judges")
-    if kind != "server": return local_judge(model, kind, view, cache=_replies())
-    if not server: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
-    root = data and data.absolute().parent
-    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, lambda row: resolve_image(root, row["image_id"], "image_id", Place(Path("responses"))))
+    options = {"max_tokens": max_tokens or MAX_TOKENS, "refresh": refresh}
+    if kind != "server": return local_judge(model, kind, view, cache=_replies(), **options)
+    image = lambda row: resolve_image(data.absolute().parent, row["image_id"], "image_id", Place(responses))
+    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, image, **options)
 
 
-def _cost(judge, rows: list[dict], url: str | None, model: str) -> str:
-    from safeeraser.judges import calls_of
-    from safeeraser.server import estimate, Server
-    cost = estimate([c for *_, c in calls_of(rows, judge)], Server(url, model, cache=_replies()) if url else None)
-    return (f"{judge.name}: {cost['calls']} calls ({cost['kept']} more are known from before), about {cost['tokens_in']:,} tokens in and at most {cost['tokens_out_at_most']:,} out")
+def _cost(rows: list[dict], build) -> str:
+    "What a judgement will take, in a line."
+    from safeeraser.judges import calls_of, left_to_ask
+    from safeeraser.server import estimate
+    judge = build()
+    left, known = left_to_ask(judge, rows)
+    cost = estimate(left + known)
+    return (f"{judge.name}: {len(left)} calls ({len(calls_of(rows, judge)) - len(left)} more are known from before) and {len(known)} on known labels, "
+            f"about {cost['tokens_in']:,} tokens in and at most {cost['tokens_out_at_most']:,} out")
+
+# %% ../nbs/09_cli.ipynb #9adef927
+def _judged(responses: Path, out: Path, judge: str, build, trust: bool) -> str:
+    "Judge a file, write it, and say what came out."
+    from safeeraser.generate import read_rows, write_rows
+    from safeeraser.judge import judge_rows, QUESTIONS
+    rows = read_rows(responses)
+    if judge in _ASKED:
+        from safeeraser.judges import judge_with
+        rows, trials, name = judge_with(build(), rows, trust)
+    else: rows, trials, name = judge_rows(rows, judge), {}, judge
+    write_rows(out, rows)
+    fate = lambda t: "" if t.passed else ": scored only because of --trust" if trust else ": scores nothing"
+    lines = [f"judge: {name}", *(f"{q:11} {t}{fate(t)}" + "".join(f"\n{'':11} it replied {s}" for s in t.said if not t.passed) for q, t in trials.items())]
+    if missing := sum(r["response"] is None for r in rows): lines.append(f"{missing} of {len(rows)} questions got no answer: unscored")
+    values = {q: [r["verdicts"][name][q]["value"] for r in rows] for q in QUESTIONS}
+    return "\n".join(lines + [f"{q:11} yes {v.count(True):5}   no {v.count(False):5}   unscored {v.count(None):5}" for q, v in values.items()])
+
+
+def _calibrated(responses: Path, against: str, out: Path | None) -> str:
+    from safeeraser.calibrate import calibration_text
+    from safeeraser.generate import read_rows
+    return calibration_text(read_rows(responses), against, out)
 
 # %% ../nbs/09_cli.ipynb #cell052
 @app.command()
