@@ -325,6 +325,7 @@ def _judged(responses: Path, out: Path, judge: str, build, trust: bool) -> str:
     write_rows(out, rows)
     fate = lambda t: "" if t.passed else ": scored only because of --trust" if trust else ": scores nothing"
     lines = [f"judge: {name}", *(f"{q:11} {t}{fate(t)}" + "".join(f"\n{'':11} it replied {s}" for s in t.said if not t.passed) for q, t in trials.items())]
+    if trials and all(t.kept for t in trials.values()): lines.append("known labels as it replied to them before; --refresh asks all anew")
     if missing := sum(r["response"] is None for r in rows): lines.append(f"{missing} of {len(rows)} questions got no answer: unscored")
     values = {q: [r["verdicts"][name][q]["value"] for r in rows] for q in QUESTIONS}
     return "\n".join(lines + [f"{q:11} yes {v.count(True):5}   no {v.count(False):5}   unscored {v.count(None):5}" for q, v in values.items()])
