@@ -7,8 +7,8 @@ __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'KINDS', 'PROBE', 'LLAVA_TEMPLATE', 'U
            'parse_record', 'to_json', 'read_json_records', 'resolve_image', 'load_image', 'as_published',
            'load_records', 'check_partners', 'load_refusals', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets',
            'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset', 'Writer', 'ChatTemplate', 'common_prefix',
-           'count_answer_tokens', 'word_processor', 'control_tokens', 'disarmed', 'fit_for_rows', 'Text', 'Texts',
-           'open_image', 'Encoder', 'about', 'image_size', 'measure', 'image_tokens', 'rows_that_occur',
+           'tokens_of', 'word_processor', 'control_tokens', 'disarmed', 'fit_for_rows', 'Text', 'Texts', 'open_image',
+           'Encoder', 'with_answers', 'about', 'image_size', 'measure', 'image_tokens', 'rows_that_occur',
            'check_rows_fit', 'number_items', 'count_items', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch.nn.functional import pad
 from torch.utils.data import Dataset, Sampler
 
 from .core import Place, SafeEraserError, told
@@ -287,8 +288,11 @@ def _groups(forget: list, retain: list, together: bool, rng: random.Random) -> l
     if not together: return [(list(range(len(forget))), list(range(len(retain))))]
     groups = {image: ([], []) for image in forget}
     for i, image in enumerate(forget): groups[image][0].append(i)
-    for i, image in enumerate(retain): groups[image][1].append(i)
-    return rng.sample(list(groups.values()), len(groups))
+    spare = []  # about images that nothing unsafe is asked about: they ride with any
+    for i, image in enumerate(retain): (groups[image][1] if image in groups else spare).append(i)
+    shares = iter(deal(len(forget), spare and rng.sample(spare, len(spare))))
+    dealt = [(own, [*ride, *(i for _ in own for i in next(shares))]) for own, ride in groups.values()]
+    return rng.sample(dealt, len(dealt))
 
 # %% ../nbs/00_data.ipynb #cell055
 class SlotSampler(Sampler):
@@ -413,10 +417,13 @@ def common_prefix(lists: list[list[int]]) -> int:
     return next((n for n, tokens in enumerate(zip(*lists)) if len(set(tokens)) > 1), min(map(len, lists)))
 
 
-def count_answer_tokens(tokenizer, prompt: str, answer: str) -> int:
-    "Number of tokens that `answer` adds behind `prompt` when both are tokenized as one text."
-    alone, joint = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, prompt + answer))
-    return len(joint) - common_prefix([alone, joint])
+def tokens_of(tokenizer, prompt: str, answer: str,
+              special: str  # any token that a text is always cut at
+              ) -> tuple[list[int], list[int]]:
+    "Tokens of a prompt, and of an answer as generation would write it behind them."
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    asked, joint = ids(prompt), ids(prompt + answer)
+    return asked, joint[len(asked):] if joint[:len(asked)] == asked else ids(special + answer)[1:]
 
 # %% ../nbs/00_data.ipynb #cell065
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
@@ -505,6 +512,7 @@ class Texts:
         self.template = ChatTemplate(self.processor)
         self.processor = fit_for_rows(self.processor, self.template.end)
         self.control = control_tokens(self.processor, self.template.end)
+        self.added = {i for i, t in self.processor.tokenizer.added_tokens_decoder.items() if t.content.strip()}
         self.text = lru_cache(maxsize=2**17)(self.text)
 
     def __reduce__(self): return type(self), (self.processor, self.max_length)  # what was kept stays behind
@@ -530,8 +538,8 @@ class Texts:
         self.check_text(question, "question")
         self.check_text(answer, "answer")
         prompt, tail = self.template.answered(question, answer)
-        alone, ids = (self.processor.tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, prompt + tail))
-        return Text(prompt, tail, array("i", ids), len(ids) - common_prefix([alone, ids]))
+        asked, said = tokens_of(self.processor.tokenizer, prompt, tail, self.template.end)
+        return Text(prompt, tail, array("i", asked + said), len(said))
 
 # %% ../nbs/00_data.ipynb #cell069
 @lru_cache(maxsize=4096)
@@ -581,6 +589,21 @@ class Encoder(Texts):
             raise SafeEraserError(f"{row.item.image_id}, question {row.item.question!r:.60}: {n} tokens with its "
                                   f"answer and image, more than max_length={self.max_length}; raise it or shorten the answer")
 
+# %% ../nbs/00_data.ipynb #96145cf7
+def with_answers(inputs: dict,                 # a processor's, for prompts padded on the right
+                 answers: list[torch.Tensor],  # the tokens of each row's answer
+                 padding: int) -> dict:
+    "The inputs with each answer behind its prompt, and `labels`; other inputs with an entry a token go on as they end."
+    lengths, shape = inputs["attention_mask"].sum(1).tolist(), inputs["input_ids"].shape
+    size = max(n + len(a) for n, a in zip(lengths, answers))
+    def longer(x, behind, empty):
+        made = [torch.cat([x[k, :n], behind(k)]) for k, n in enumerate(lengths)]
+        return torch.stack([pad(row, (*[0] * (2 * row.ndim - 1), size - len(row)), value=empty) for row in made])
+    goes_on = lambda x: lambda k: x[k, lengths[k] - 1].expand(len(answers[k]), *x.shape[2:])
+    per_token = {name: longer(x, goes_on(x), 0) for name, x in inputs.items() if x.shape[:2] == shape}
+    nothing = torch.full(shape, -100)
+    return inputs | per_token | {"input_ids": longer(inputs["input_ids"], answers.__getitem__, padding), "labels": longer(nothing, answers.__getitem__, -100)}
+
 # %% ../nbs/00_data.ipynb #887b16a3
 _FIELDS = {"forget": "model_response", "refusal": "idk of prompt.json", "retain": "Prediction", "decouple": "sd_response"}
 
@@ -597,14 +620,8 @@ def _read_forward(encoder: Encoder, rows: list[Row]) -> dict:
     texts = []
     for row in rows:
         with about(row): texts.append(encoder.text(row.item.question, row.answer))
-    batch = encoder.call([t.prompt + t.tail for t in texts], [r.item.image for r in rows], "right")
-    batch["labels"] = torch.full_like(batch["input_ids"], -100)
-    for k, (text, end) in enumerate(zip(texts, batch["attention_mask"].sum(1).tolist())):
-        at = slice(end - text.n_answer, end)
-        if batch["input_ids"][k, at].tolist() != text.ids[-text.n_answer:].tolist():
-            with about(rows[k]): raise SafeEraserError("the model's processor writes other tokens for the answer than its tokenizer")
-        batch["labels"][k, at] = batch["input_ids"][k, at]
-    return batch
+    batch = encoder.call([t.prompt for t in texts], [r.item.image for r in rows], "right")
+    return with_answers(batch, [torch.tensor(t.ids[-t.n_answer:]) for t in texts], encoder.processor.tokenizer.pad_token_id)
 
 
 def _two_way(processor) -> bool:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
 
 from .core import cpu_threads, new_folder, progress_bar, SafeEraserError
-from .data import ChatTemplate, count_answer_tokens, word_processor
+from .data import ChatTemplate, tokens_of, word_processor
 
 # %% ../nbs/01_world.ipynb #cell006
 def _regular(n: int, inner: float | None = None) -> list:
@@ -439,8 +439,8 @@ class TextBatcher:
 
     def ids(self, question: str, answer: str) -> tuple[list[int], int]:
         tok, (prompt, tail) = self.processor.tokenizer, self.template.answered(question, answer)
-        text = (prompt + tail).replace("<image>", "<image>" * self.image_tokens)
-        return tok(text, add_special_tokens=False).input_ids, count_answer_tokens(tok, prompt, tail)
+        asked, said = tokens_of(tok, prompt.replace("<image>", "<image>" * self.image_tokens), tail, self.template.end)
+        return asked + said, len(said)
 
     def __call__(self, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [self.ids(*p) for p in pairs]
