@@ -89,7 +89,7 @@ _BELONGS = {"string_type": "a text belongs here", "list_type": "a list belongs h
             "model_type": "an object belongs here", "tuple_type": "a list belongs here", "bool_type": "true or false belongs here",
             "int_type": "a whole number belongs here", "int_from_float": "a whole number belongs here",
             "float_type": "a number belongs here", "finite_number": "a finite number belongs here",
-            "string_too_short": "a non-empty text belongs here", "too_short": "a non-empty list belongs here"}
+            "string_too_short": "a non-empty text belongs here", "too_short": "a non-empty list belongs here", "extra_forbidden": "is not known here"}
 
 
 def _field(steps: tuple) -> str: return "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
@@ -107,12 +107,13 @@ def check_form(value, form: TypeAdapter, place: Place | Path):
 
 # %% ../nbs/00_core.ipynb #cell019
 def parse_json(text: str, place: Place | Path,
-               form: TypeAdapter | None = None  # what belongs there; None: any value
+               form: TypeAdapter | None = None,  # what belongs there; None: any value
+               problem: str = "not JSON"         # what to say of other text
                ):
     "A JSON value, checked; raises `SafeEraserError` where it is none, or not of the form, or holds what cannot be written."
     place = place if isinstance(place, Place) else Place(place)
     try: value = json.loads(text)
-    except (ValueError, RecursionError) as e: raise place.error("", f"not JSON ({first_line(e)})") from None
+    except (ValueError, RecursionError) as e: raise place.error("", f"{problem} ({first_line(e)})") from None
     if "\\ud" in text.lower() and (field := _broken(value)) is not None:
         raise place.error(field, "half of a surrogate pair, which is no character; take it out")
     return value if form is None else check_form(value, form, place)
