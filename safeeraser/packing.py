@@ -514,8 +514,9 @@ FAILURES = (CannotPack, RuntimeError, ValueError, TypeError, KeyError, IndexErro
 
 
 def in_precision(model):
-    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32."
+    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32; a caller's own autocast stays."
     dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device): return nullcontext()
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
