@@ -13,12 +13,13 @@ __all__ = ['PASS_TOKENS', 'SPLIT', 'ROUTES', 'SHORT_ROW', 'FAILURES', 'PackedRow
 # %% ../nbs/10_packing.ipynb #cell003
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.functional import log_softmax, pad
 
-from .core import SafeEraserError
+from .core import first_line, SafeEraserError
 from .data import count_items, Encoder, Item, KINDS, number_items, Row
 from .model import anatomy
 
@@ -479,8 +480,11 @@ _TOLERANCE = {"log-probability": {torch.float32: 1e-4, torch.bfloat16: .06, torc
 
 
 def tolerance(model, of: str = "log-probability") -> float:
-    "What rounding may make of it, in the model's precision."
-    return _TOLERANCE[of].get(next(unwrapped(model).parameters()).dtype, _TOLERANCE[of][torch.float32])
+    "What rounding may make of it, in the precision that the model computes in: 16 bits where its weights have 4."
+    base, device = unwrapped(model), next(model.parameters()).device.type
+    dtype = torch.bfloat16 if getattr(base, "is_quantized", False) else next(base.parameters()).dtype
+    if torch.is_autocast_enabled(device): dtype = torch.get_autocast_dtype(device)
+    return _TOLERANCE[of].get(dtype, _TOLERANCE[of][torch.float32])
 
 
 def check_packing(model, encoder: Encoder,
