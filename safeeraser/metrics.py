@@ -18,6 +18,7 @@ import numpy as np
 
 from .core import SafeEraserError
 from .generate import read_rows, SCHEMA_VERSION
+from .runs import read_record
 
 # %% ../nbs/07_metrics.ipynb #cell006
 @dataclass(frozen=True)
@@ -199,19 +200,12 @@ def _find(path: Path) -> list[Path]:
     return found
 
 # %% ../nbs/07_metrics.ipynb #cell031
-def _run_record(file: Path) -> dict:
-    try: record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError: record = None
-    if not isinstance(record, dict): raise SafeEraserError(f"{file}: not a run's record; an object that `safeeraser unlearn` wrote belongs here")
-    return record
-
-
 def load_sources(*paths: str | Path  # results.json, judged responses, or folders that hold them
                  ) -> list[Source]:
     "Everything at `paths` that can be counted."
     sources = []
     for file in (f for p in paths for f in _find(Path(p))):
-        runs = [_run_record(r) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
+        runs = [read_record(r) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
         if file.suffix == ".json":
             responses = file.with_name("responses.jsonl")
             sources.append(Source(file, read_rows(responses) if responses.is_file() else [], read_results(file), runs))
