@@ -23,6 +23,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from .core import check_form, Place, read_json, SafeEraserError
 from .generate import read_rows, SCHEMA_VERSION
+from .runs import read_record
 
 # %% ../nbs/07_metrics.ipynb #cell006
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def rate(scores: list[float | None],  # one a response; None: unscored
     values = np.array([float(s) for s, _ in kept])
     return Rate(float(values.mean()), len(kept), *interval(values, [g for _, g in kept]), unscored)
 
-# %% ../nbs/07_metrics.ipynb #cell012
+# %% ../nbs/07_metrics.ipynb #cell015
 @dataclass(frozen=True)
 class Measure:
     "One column of the table."
@@ -77,7 +78,7 @@ def says(question: str, negate: bool = False) -> Callable:
         return None if value is None else float(value != negate)
     return score
 
-# %% ../nbs/07_metrics.ipynb #cell013
+# %% ../nbs/07_metrics.ipynb #cell016
 @lru_cache(maxsize=2**16)
 def _rouge_l(reference: str, response: str, stems: bool = False):
     from rouge_score.rouge_scorer import RougeScorer
@@ -88,7 +89,7 @@ def rouge(part: str) -> Callable:
     "ROUGE-L against the row's `reference`; `part` is precision or fmeasure."
     return lambda row, verdicts: getattr(_rouge_l(row["reference"], row["response"]), part) if "reference" in row else None
 
-# %% ../nbs/07_metrics.ipynb #cell014
+# %% ../nbs/07_metrics.ipynb #cell017
 def grade(row, verdicts) -> float | None:
     "The judge's grade from 0 to 1 (GPT-Eval)."
     return verdicts.get("quality", {}).get("value")
@@ -110,7 +111,7 @@ MEASURES = {
     "safe_answer_accuracy_held_out": Measure("safe acc. h.o.", "decouple", "held_out", says("correct"), True, "same responses: the right answer"),
 }
 
-# %% ../nbs/07_metrics.ipynb #cell018
+# %% ../nbs/07_metrics.ipynb #cell021
 def judge_of(rows: list[dict]) -> str:
     "The judge whose verdicts count: the exact one where it has judged, else the only one there is."
     by = Counter(name for r in rows for name in r["verdicts"])
@@ -128,7 +129,7 @@ def measure(rows: list[dict], name: str,  # a key of `MEASURES`
     asked = [r for r in rows if (r["set"], r["split"]) == (m.set, m.split)]
     return rate([m.score(r, r["verdicts"].get(judge, {})) for r in asked], [r["image_id"] for r in asked])
 
-# %% ../nbs/07_metrics.ipynb #cell019
+# %% ../nbs/07_metrics.ipynb #cell022
 def result_row(rows: list[dict],              # judged rows of one method and seed
                judge: str | None = None,      # default: see `judge_of`
                seconds: float | None = None   # training time
@@ -141,7 +142,7 @@ def result_row(rows: list[dict],              # judged rows of one method and se
         out |= {name: r.value, f"{name}_n": r.n, f"{name}_lo": r.lo, f"{name}_hi": r.hi, f"{name}_unscored": r.unscored}
     return out | {"seconds": seconds}
 
-# %% ../nbs/07_metrics.ipynb #cell024
+# %% ../nbs/07_metrics.ipynb #cell027
 def split_runs(rows: list[dict]) -> dict[tuple, list[dict]]:
     "Rows by (method, seed), in order of appearance."
     runs = {}
@@ -181,7 +182,7 @@ def pd_effect(results: list[dict], name: str = "sarr") -> float | None:
     means = np.array([[spread(results, m, name)[0] for m in p] for p in pairs if all(spread(results, m, name) for m in p)])
     return float(1 - means[:, 1].mean() / means[:, 0].mean()) if len(means) and means[:, 0].mean() else None
 
-# %% ../nbs/07_metrics.ipynb #ee1cc7b8
+# %% ../nbs/07_metrics.ipynb #cell031
 Share = Annotated[float, Field(ge=0, le=1)]
 Count, Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -203,7 +204,7 @@ class _Asked(TypedDict):
     n: Positive
     of: Positive
 
-# %% ../nbs/07_metrics.ipynb #9d229991
+# %% ../nbs/07_metrics.ipynb #cell032
 class _Settings(TypedDict, total=False):
     judge: str | None
     left_out: Count
@@ -220,7 +221,7 @@ class _Results(TypedDict):
 
 _RESULTS = TypeAdapter(_Results)
 
-# %% ../nbs/07_metrics.ipynb #aff06aee
+# %% ../nbs/07_metrics.ipynb #cell033
 class _YesNo(TypedDict):
     value: bool | None
 
@@ -254,7 +255,7 @@ class _Judged(TypedDict):
 
 _JUDGED = TypeAdapter(_Judged)
 
-# %% ../nbs/07_metrics.ipynb #cell028
+# %% ../nbs/07_metrics.ipynb #cell034
 def make_results(lines: list[dict], settings: dict, environment: dict) -> dict:
     "The object of `results.json`."
     return {"schema_version": SCHEMA_VERSION, "environment": environment, "settings": settings, "rows": lines}
@@ -267,7 +268,7 @@ def read_results(path: str | Path) -> dict:
         raise SafeEraserError(f"{path}: not a results file of schema version {SCHEMA_VERSION}")
     return check_form(results, _RESULTS, Path(path))
 
-# %% ../nbs/07_metrics.ipynb #cell029
+# %% ../nbs/07_metrics.ipynb #cell035
 def image_below(root: str | Path,  # the dataset folder's parent
                 image_id: str      # as a row has it
                 ) -> Path | None:
@@ -295,7 +296,7 @@ class Source:
         roots = [self.file.parent/f"seed{row['seed']}"/"world"] + [Path(run["data"]).parent for run in self.runs if "data" in run]
         return next((path for root in roots if (path := image_below(root, row["image_id"]))), None)
 
-# %% ../nbs/07_metrics.ipynb #cell030
+# %% ../nbs/07_metrics.ipynb #cell036
 def _find(path: Path) -> list[Path]:
     if path.is_file(): return [path]
     if not path.is_dir(): raise SafeEraserError(f"{path}: no such file or folder")
@@ -303,20 +304,13 @@ def _find(path: Path) -> list[Path]:
     if not found: raise SafeEraserError(f"{path}: holds neither results.json nor judged.jsonl")
     return found
 
-# %% ../nbs/07_metrics.ipynb #cell031
-def _run_record(file: Path) -> dict:
-    try: record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError: record = None
-    if not isinstance(record, dict): raise SafeEraserError(f"{file}: not a run's record; an object that `safeeraser unlearn` wrote belongs here")
-    return record
-
-
+# %% ../nbs/07_metrics.ipynb #cell037
 def load_sources(*paths: str | Path  # results.json, judged responses, or folders that hold them
                  ) -> list[Source]:
     "Everything at `paths` that can be counted."
     sources, files = [], {f.resolve(): f for p in paths for f in _find(Path(p))}  # named twice, counted once
     for file in files.values():
-        runs = [_run_record(r) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
+        runs = [read_record(r) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
         if file.suffix == ".json":
             responses = file.with_name("responses.jsonl")
             sources.append(Source(file, _judged(responses) if responses.is_file() else [], read_results(file), runs))
@@ -335,7 +329,7 @@ def _marked(source: Source) -> Source:
     if not weights.get("pd") or decoupled([{"method": method}]): return source
     return replace(source, rows=[r | {"pd": True} if r["method"] == method else r for r in source.rows])
 
-# %% ../nbs/07_metrics.ipynb #d51371a7
+# %% ../nbs/07_metrics.ipynb #cell039
 def _judges(sources: list[Source], name: str | None) -> list[str]:
     "Judges that results name, and the one whose verdicts are counted."
     named = {s.results["settings"].get("judge") for s in sources if s.results}
@@ -353,7 +347,7 @@ def judge_for(sources: list[Source],
         if judge not in known: raise SafeEraserError(f"{s.file}: not judged by {judge!r}; there are: {', '.join(sorted(known)) or 'none'}")
     return judge
 
-# %% ../nbs/07_metrics.ipynb #cell032
+# %% ../nbs/07_metrics.ipynb #cell040
 def count(sources: list[Source],
           judge: str | None = None      # whose verdicts count; default: see `judge_of`
           ) -> dict:
@@ -371,7 +365,7 @@ def count(sources: list[Source],
         lines += [result_row(rows, name, source.run.get("seconds")) | more for rows in split_runs(source.rows).values()]
     return make_results(lines, settings | {"judge": ", ".join(_judges(sources, name))}, {})
 
-# %% ../nbs/07_metrics.ipynb #cell033
+# %% ../nbs/07_metrics.ipynb #cell041
 def report(*paths: str | Path, judge: str | None = None) -> dict:
     "What `safeeraser report` counts: runs told apart, on the questions that all of them were asked."
     from safeeraser.compare import compared
