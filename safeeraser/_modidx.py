@@ -272,6 +272,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'safeeraser.generate.ServerAsker.ask': ('generate.html#serverasker.ask', 'safeeraser/generate.py'),
                                      'safeeraser.generate.ServerAsker.batches': ( 'generate.html#serverasker.batches',
                                                                                   'safeeraser/generate.py'),
+                                     'safeeraser.generate._Row': ('generate.html#_row', 'safeeraser/generate.py'),
+                                     'safeeraser.generate._Verdict': ('generate.html#_verdict', 'safeeraser/generate.py'),
                                      'safeeraser.generate._asker': ('generate.html#_asker', 'safeeraser/generate.py'),
                                      'safeeraser.generate._check_row': ('generate.html#_check_row', 'safeeraser/generate.py'),
                                      'safeeraser.generate._digest': ('generate.html#_digest', 'safeeraser/generate.py'),
