@@ -349,6 +349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'safeeraser.judges._result_name': ('judges.html#_result_name', 'safeeraser/judges.py'),
                                    'safeeraser.judges._room': ('judges.html#_room', 'safeeraser/judges.py'),
                                    'safeeraser.judges._trial': ('judges.html#_trial', 'safeeraser/judges.py'),
+                                   'safeeraser.judges._unfenced': ('judges.html#_unfenced', 'safeeraser/judges.py'),
                                    'safeeraser.judges._unread': ('judges.html#_unread', 'safeeraser/judges.py'),
                                    'safeeraser.judges._verdicts': ('judges.html#_verdicts', 'safeeraser/judges.py'),
                                    'safeeraser.judges._wanted': ('judges.html#_wanted', 'safeeraser/judges.py'),

@@ -67,15 +67,21 @@ def call_for(question: str,             # a key of `PROMPTS`, or quality
 _MARKS = r"think|thinking|thought|reasoning"
 _THOUGHT = re.compile(rf".*(?:</(?:{_MARKS})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)  # it may have begun in the prompt
 _BEGUN = re.compile(rf"\s*(?:<(?:{_MARKS})>|\[THINK\])", re.IGNORECASE)
-_FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
+
 _VERDICT = re.compile(r"(?:(?:final )?(?:answer|verdict)\s*[:=]\s*)?(yes|no)[.!]?", re.IGNORECASE)
 _GRADE = re.compile(r"(?:(?:final )?(?:answer|grade|score)\s*[:=]\s*)?(0|1|0?\.\d+|1\.0+)\.?", re.IGNORECASE)
 
 
 def without_thought(text: str) -> str:
     "What stands behind a model's thought; nothing where the thought was cut off."
-    said = _THOUGHT.sub("", text, count=1)
+    thought = _THOUGHT.match(text)  # anchored, and so linear in the text's length
+    said = text[thought.end():] if thought else text
     return "" if _BEGUN.match(said) else said.strip()
+
+
+def _unfenced(said: str) -> str:
+    "What a code fence holds, without the language's name behind its opening."
+    return re.sub(r"^\w*\n", "", said[3:-3]).strip() if said.startswith("```") and said.endswith("```") else said
 
 
 def _in_json(text: str, names: tuple[str, ...]) -> str | None:
@@ -88,8 +94,7 @@ def _in_json(text: str, names: tuple[str, ...]) -> str | None:
 
 def _heard(text: str, form: re.Pattern, names: tuple[str, ...]) -> str | None:
     "What `form` finds in a reply, which may be dressed up; None where the reply is something else."
-    said = without_thought(text)
-    if fenced := _FENCE.fullmatch(said): said = fenced[1]
+    said = _unfenced(without_thought(text))
     said = _in_json(said, names) if said.startswith("{") else said
     found = form.fullmatch(re.sub(r"[*_`\"'“”]", "", said).strip()) if said else None
     return found and found[1].lower()
