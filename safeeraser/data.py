@@ -7,9 +7,9 @@ __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'KINDS', 'PROBE', 'LLAVA_TEMPLATE', 'U
            'parse_record', 'to_json', 'read_json_records', 'resolve_image', 'load_image', 'as_published',
            'load_records', 'check_partners', 'load_refusals', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets',
            'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset', 'Writer', 'ChatTemplate', 'common_prefix',
-           'tokens_of', 'word_processor', 'control_tokens', 'disarmed', 'fit_for_rows', 'Text', 'Texts', 'open_image',
-           'Encoder', 'with_answers', 'about', 'image_size', 'measure', 'image_tokens', 'rows_that_occur',
-           'check_rows_fit', 'number_items', 'count_items', 'Collator']
+           'tokens_of', 'word_processor', 'control_tokens', 'disarmed', 'fit_for_rows', 'Text', 'Texts', 'process',
+           'PromptReader', 'open_image', 'Encoder', 'with_answers', 'about', 'image_size', 'measure', 'image_tokens',
+           'rows_that_occur', 'check_rows_fit', 'number_items', 'count_items', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
 import copy, json, random, re
@@ -512,7 +512,6 @@ class Texts:
         self.template = ChatTemplate(self.processor)
         self.processor = fit_for_rows(self.processor, self.template.end)
         self.control = control_tokens(self.processor, self.template.end)
-        self.added = {i for i, t in self.processor.tokenizer.added_tokens_decoder.items() if t.content.strip()}
         self.text = lru_cache(maxsize=2**17)(self.text)
 
     def __reduce__(self): return type(self), (self.processor, self.max_length)  # what was kept stays behind
@@ -541,6 +540,34 @@ class Texts:
         asked, said = tokens_of(self.processor.tokenizer, prompt, tail, self.template.end)
         return Text(prompt, tail, array("i", asked + said), len(said))
 
+# %% ../nbs/00_data.ipynb #11400ef6
+def process(processor, texts: list[str], pictures: list[Image.Image], side: str, **more) -> dict:
+    "A processor's model inputs for texts with one picture each, padded on a side; the token that begins a text is there once."
+    bos = processor.tokenizer.bos_token
+    return dict(processor(text=texts, images=[[p] for p in pictures], padding=True, padding_side=side, return_tensors="pt",
+                          add_special_tokens=not (bos and texts[0].lstrip().startswith(bos)), **more))
+
+
+class _LooksOnce:
+    "An image processor that looks at the first picture and says the same of all others."
+    def __init__(self, real): self.real, self.seen = real, None
+    def __getattr__(self, name): return getattr(self.real, name)
+
+    def __call__(self, *args, **kwargs):
+        if self.seen is None: self.seen = self.real(*args, **kwargs)
+        return type(self.seen)(dict(self.seen))  # some processors take entries out
+
+
+class PromptReader:
+    "The tokens that a processor makes of a prompt with a blank picture."
+    def __init__(self, processor):
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = _LooksOnce(processor.image_processor)
+        self.ids = lru_cache(maxsize=2**16)(self.ids)
+
+    def ids(self, prompt: str) -> array:
+        return array("i", process(self.processor, [prompt], [Image.new("RGB", (64, 64))], "right")["input_ids"][0].tolist())
+
 # %% ../nbs/00_data.ipynb #cell069
 @lru_cache(maxsize=4096)
 def _if_small(path: Path, changed: int, size: int) -> Image.Image | None:
@@ -558,6 +585,10 @@ def open_image(path: Path) -> Image.Image:
 @dataclass
 class Encoder(Texts):
     "Texts and images to model inputs, by any processor with a chat template."
+    def __post_init__(self):
+        super().__post_init__()
+        self.reader = PromptReader(self.processor)
+
     def texts(self, question: str, answer: str) -> tuple[str, str, int]:
         "Prompt, answer with its end-of-turn token, and the number of the answer's tokens."
         found = self.text(question, answer)
@@ -565,10 +596,7 @@ class Encoder(Texts):
 
     def call(self, texts: list[str], pictures: list[Path | Image.Image], side: str, **more) -> dict:
         "The processor's model inputs for texts with one image each, padded on a side."
-        images = [[p if isinstance(p, Image.Image) else open_image(p)] for p in pictures]
-        bos = self.processor.tokenizer.bos_token
-        return dict(self.processor(text=texts, images=images, padding=True, padding_side=side, return_tensors="pt",
-                                   add_special_tokens=not (bos and texts[0].lstrip().startswith(bos)), **more))
+        return process(self.processor, texts, [p if isinstance(p, Image.Image) else open_image(p) for p in pictures], side, **more)
 
     def prompts(self, items: list[Item]) -> dict:
         "Left-padded prompts for generation, one a row."
