@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .core import cpu_threads, environment, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
-from .data import Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
+from .data import check_rows_fit, Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import CannotPack, check_packing, packed_log_probs, PackedCollator, Packer, ROUTES, Verdict
 from .cache import ReferenceCache, VisionCache
@@ -205,9 +205,9 @@ class UnlearnTrainer(Trainer):
             raise SafeEraserError(f"method {args.method!r} has a prompt-decouple term, but the data has no safe images (SDImage_path)")
         if not sets.forget: raise SafeEraserError("the data has no unsafe question; there is nothing to forget")
         encoder = Encoder(processor, args.max_length or context_length(model))
-        encoder.check_longest([r for k in range(len(sets.forget)) for r in SlotDataset(sets, refusals)[k]])
         self.shares, self.n_steps, self.forget_ce, self.stopped = {}, 0, torch.zeros(()), None
         dataset = SlotDataset(sets, refusals, self.objective.kinds)
+        check_rows_fit(encoder, dataset)
         self.packing = choose_packing(model, args, encoder, dataset)
         self.grouped = bool(self.packing.route) and (mostly_image(encoder, check_rows(dataset)) if args.group_images is None else args.group_images)
         collator = Collator(encoder)
