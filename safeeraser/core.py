@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SafeEraserError', 'Place', 'first_line', 'told', 'read_text', 'lines_of', 'well_formed', 'check_form', 'parse_json',
-           'read_json', 'plain_file', 'write_whole', 'new_folder', 'only_here', 'progress_bar', 'out_of_memory',
+           'read_json', 'plain_file', 'write_whole', 'only_here', 'new_folder', 'progress_bar', 'out_of_memory',
            'cpu_threads', 'keep_freed_memory', 'environment']
 
 # %% ../nbs/00_core.ipynb #cell003
-import ctypes, json, os, platform, shutil, sys, tempfile
+import ctypes, json, os, platform, shutil, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,25 +144,7 @@ def write_whole(path: str | Path, text: str):
         if part.is_file(): part.unlink()
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
 
-# %% ../nbs/00_core.ipynb #cell024
-@contextmanager
-def new_folder(out: str | Path):
-    "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left; raises `SafeEraserError` where it cannot be written."
-    out, tmp = Path(out), None
-    if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; name a folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        tmp.chmod(0o755)
-        yield tmp
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(tmp, out)
-    except (OSError, SafetensorError) as e:
-        raise SafeEraserError(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
-    finally:
-        if tmp: shutil.rmtree(tmp, ignore_errors=True)
-
-# %% ../nbs/00_core.ipynb #cell028
+# %% ../nbs/00_core.ipynb #cell025
 @contextmanager
 def only_here(path: str | Path  # what is being written; the lock lies beside it
               ):
@@ -182,7 +164,26 @@ def only_here(path: str | Path  # what is being written; the lock lies beside it
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #cell031
+# %% ../nbs/00_core.ipynb #cell027
+@contextmanager
+def new_folder(out: str | Path):
+    "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left; raises `SafeEraserError` where it cannot be written."
+    if Path(out).exists() and not Path(out).is_dir(): raise SafeEraserError(f"{out}: is a file; name a folder")
+    final = Path(os.path.realpath(out))
+    tmp = final.with_name(f".{final.name}.writing")
+    with only_here(final):
+        shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed: we hold the lock
+        try:
+            tmp.mkdir()
+            yield tmp
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(tmp, final)
+        except (OSError, SafetensorError) as e:
+            raise SafeEraserError(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #cell032
 def progress_bar(iterable=None, *, desc: str,
                  total: int | None = None,
                  show: bool = True):
@@ -190,7 +191,7 @@ def progress_bar(iterable=None, *, desc: str,
     live = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(iterable, desc=desc, total=total, leave=False, disable=not show, mininterval=.2 if live else 30)
 
-# %% ../nbs/00_core.ipynb #cell033
+# %% ../nbs/00_core.ipynb #cell034
 @contextmanager
 def out_of_memory(lower: str  # what to lower, with its present value
                   ):
@@ -199,7 +200,7 @@ def out_of_memory(lower: str  # what to lower, with its present value
     except torch.OutOfMemoryError as e:
         raise SafeEraserError(f"the device is out of memory; lower {lower} ({first_line(e)})") from None
 
-# %% ../nbs/00_core.ipynb #cell036
+# %% ../nbs/00_core.ipynb #cell037
 @contextmanager
 def cpu_threads(n: int):
     "`with cpu_threads(n):` CPU arithmetic on `n` threads, whatever the environment says."
@@ -209,7 +210,7 @@ def cpu_threads(n: int):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/00_core.ipynb #cell038
+# %% ../nbs/00_core.ipynb #cell039
 @lru_cache(maxsize=1)
 def keep_freed_memory():
     "Let the C library keep up to 512 MiB that were freed; where it is not glibc nothing happens."
@@ -219,7 +220,7 @@ def keep_freed_memory():
     mallopt(trim_threshold, 2**29)
     mallopt(mmap_threshold, 2**25)  # the largest that it takes; larger blocks are always given back
 
-# %% ../nbs/00_core.ipynb #cell040
+# %% ../nbs/00_core.ipynb #cell041
 def environment() -> dict:
     "What numbers may depend on: versions and hardware."
     gpu = torch.cuda.is_available()

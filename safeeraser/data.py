@@ -33,7 +33,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from .core import check_form, first_line, lines_of, parse_json, Place, read_json, read_text, SafeEraserError, told
 
-# %% ../nbs/00_data.ipynb #cell007
+# %% ../nbs/00_data.ipynb #cell008
 HARMLESS_KEYS = ("UnharmPair_text1", "UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2")
 
 
@@ -55,7 +55,7 @@ class HarmlessPair:
     question: str
     prediction: str
 
-# %% ../nbs/00_data.ipynb #cell008
+# %% ../nbs/00_data.ipynb #cell009
 @dataclass(frozen=True)
 class Record:
     "One record of `all_train.json` or `all_val.json`."
@@ -70,7 +70,7 @@ class Record:
         parts = Path(self.image_path).parts[:-1]
         return next((CATEGORIES[p.casefold()] for p in reversed(parts) if p.casefold() in CATEGORIES), parts[-1] if parts else "")
 
-# %% ../nbs/00_data.ipynb #cell010
+# %% ../nbs/00_data.ipynb #cell011
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 PairForm = TypedDict("PairForm", {"question": NonEmpty, "model_response": NonEmpty, "sd_response": NotRequired[NonEmpty]})
 HarmlessForm = TypedDict("HarmlessForm", {"Question": NonEmpty, "Prediction": Annotated[NonEmpty, Field(validation_alias=AliasChoices("Prediction", "Answer"))]})
@@ -80,7 +80,7 @@ RecordForm = TypedDict("RecordForm", {"image_path": Annotated[NonEmpty, Field(va
 for form in (PairForm, HarmlessForm, RecordForm): form.__pydantic_config__ = ConfigDict(extra="allow")
 RECORD = TypeAdapter(RecordForm)
 
-# %% ../nbs/00_data.ipynb #cell011
+# %% ../nbs/00_data.ipynb #cell012
 def parse_record(raw: dict,    # one object of the json list
                  place: Place  # for error messages
                  ) -> Record:
@@ -99,7 +99,7 @@ def parse_record(raw: dict,    # one object of the json list
                   tuple(unsafe(p, f"unsafe_pairs[{i}]") for i, p in enumerate(pairs)),
                   tuple(HarmlessPair(k, r[k]["Question"].strip(), answer(r[k])) for k in harmless))
 
-# %% ../nbs/00_data.ipynb #cell012
+# %% ../nbs/00_data.ipynb #cell013
 def to_json(record: Record) -> dict:
     "The record as the official files spell it: the inverse of `parse_record`."
     known = lambda values: {k: v for k, v in values.items() if v is not None}
@@ -107,7 +107,7 @@ def to_json(record: Record) -> dict:
             "unsafe_pairs": [known(vars(p)) for p in record.unsafe],
             **{p.key: {"Question": p.question, "Prediction": p.prediction} for p in record.harmless}}
 
-# %% ../nbs/00_data.ipynb #cell017
+# %% ../nbs/00_data.ipynb #cell018
 def read_json_records(file: Path) -> list:
     "The objects of a JSON list or of JSON lines; raises `SafeEraserError` naming the line that is broken."
     if not file.exists(): raise SafeEraserError(f"{file}: no such file; --data is the folder that holds all_train.json")
@@ -123,7 +123,7 @@ def is_json_lines(text: str) -> bool:
     except (ValueError, RecursionError): return not text.lstrip().startswith("[")
     return False
 
-# %% ../nbs/00_data.ipynb #cell019
+# %% ../nbs/00_data.ipynb #cell020
 def resolve_image(root: Path,   # the dataset folder's parent: image paths are relative to it
                   path: str,    # as written in the record
                   field: str, place: Place) -> Path:
@@ -137,7 +137,7 @@ def resolve_image(root: Path,   # the dataset folder's parent: image paths are r
         raise place.error(field, f"no image at {path!r:.80} below the dataset's parent folder")
     return full
 
-# %% ../nbs/00_data.ipynb #cell021
+# %% ../nbs/00_data.ipynb #cell022
 def load_image(path: Path) -> Image.Image:
     "The image as a viewer shows it, in RGB; raises `SafeEraserError` naming a file that is broken, oversized or no image."
     try:
@@ -165,7 +165,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if (clear := image.info.get("transparency")) is not None: grey.putalpha(Image.fromarray((np.asarray(image) != clear).astype("uint8") * 255))
     return grey
 
-# %% ../nbs/00_data.ipynb #cell025
+# %% ../nbs/00_data.ipynb #cell026
 def as_published(record: Record,
                  data: Path  # the dataset folder
                  ) -> Record:
@@ -176,7 +176,7 @@ def as_published(record: Record,
         return f"{data.name}/{path}"
     return replace(record, image_path=published(record.image_path), safe_image_path=published(record.safe_image_path))
 
-# %% ../nbs/00_data.ipynb #cell026
+# %% ../nbs/00_data.ipynb #cell027
 def load_records(data: str | Path,     # the folder that holds `all_train.json`
                  split: str = "train"  # names the file: `all_<split>.json`
                  ) -> list[Record]:
@@ -200,7 +200,7 @@ def check_partners(records: list[Record], file: Path):
     if missing and len(missing) < sum(bool(r.unsafe) for r in records):
         raise Place(file, missing[0]).error("SDImage_path", "missing, though other records have one; every forget item needs its prompt-decouple partner, or none has one")
 
-# %% ../nbs/00_data.ipynb #cell029
+# %% ../nbs/00_data.ipynb #cell030
 class RefusalsForm(TypedDict):
     "`prompt.json`."
     __pydantic_config__ = ConfigDict(extra="allow")
@@ -217,7 +217,7 @@ def load_refusals(data: str | Path,      # the folder that holds `prompt.json`
         raise SafeEraserError(f"{file}: no such file; it holds the refusals that this method teaches, as {{\"idk\": [\"I can't help with that.\"]}}")
     return [r.strip() for r in read_json(file, TypeAdapter(RefusalsForm))["idk"]]
 
-# %% ../nbs/00_data.ipynb #cell032
+# %% ../nbs/00_data.ipynb #cell033
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -241,7 +241,7 @@ def settings_of(data: str | Path  # the dataset folder
     file = Path(data)/"settings.json"
     return read_json(file, TypeAdapter(SettingsForm)) if file.exists() else {}
 
-# %% ../nbs/00_data.ipynb #cell035
+# %% ../nbs/00_data.ipynb #cell036
 @dataclass(frozen=True)
 class Item:
     "One question about one image, with its target."
@@ -253,7 +253,7 @@ class Item:
     answer: str
     category: str
 
-# %% ../nbs/00_data.ipynb #cell036
+# %% ../nbs/00_data.ipynb #cell037
 @dataclass(frozen=True)
 class Sets:
     "The three sets of one split; `forget[i]` and `decouple[i]` are partners (without safe images, `decouple` is empty)."
@@ -263,7 +263,7 @@ class Sets:
 
     def __iter__(self): yield from self.forget + self.retain + self.decouple
 
-# %% ../nbs/00_data.ipynb #cell037
+# %% ../nbs/00_data.ipynb #cell038
 def build_sets(records: list[Record], data: str | Path, split: str = "train") -> Sets:
     "Derive forget, retain and prompt-decouple set from records."
     root, sets = Path(data).absolute().parent, Sets([], [], [])
@@ -281,7 +281,7 @@ def load_sets(data: str | Path, split: str = "train") -> Sets:
     "Records of a split, checked, as its three sets."
     return build_sets(load_records(data, split), data, split)
 
-# %% ../nbs/00_data.ipynb #cell041
+# %% ../nbs/00_data.ipynb #cell042
 @dataclass(frozen=True)
 class Slot:
     "One forget item, its partner, and what rides along."
@@ -290,13 +290,13 @@ class Slot:
     refusal: int = 0              # index of the refusal that stands in for the harmful answer
     live: bool = True             # False: fills up the last batch so that all ranks step together; carries no loss
 
-# %% ../nbs/00_data.ipynb #cell042
+# %% ../nbs/00_data.ipynb #cell043
 def deal(n_slots: int, items: list[int]) -> list[tuple[int, ...]]:
     "Items dealt out to slots in order, as evenly as whole numbers allow."
     edges = [round(k * len(items) / n_slots) for k in range(n_slots + 1)]
     return [tuple(items[a:b]) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/00_data.ipynb #cell044
+# %% ../nbs/00_data.ipynb #cell045
 def epoch_plan(forget: list,       # one entry a forget item: which image it is about
                retain: list,       # one entry a retain item, likewise
                n_refusals: int,    # number of refusals to draw from
@@ -326,7 +326,7 @@ def _groups(forget: list, retain: list, together: bool, rng: random.Random) -> l
     dealt = [(own, [*ride, *(i for _ in own for i in next(shares))]) for own, ride in groups.values()]
     return rng.sample(dealt, len(dealt))
 
-# %% ../nbs/00_data.ipynb #cell051
+# %% ../nbs/00_data.ipynb #cell052
 class SlotSampler(Sampler):
     "Yields the slots of the current epoch; `set_epoch` is called by accelerate."
     def __init__(self, sets: Sets, n_refusals: int, seed: int, multiple: int = 1, together: bool = False):
@@ -338,7 +338,7 @@ class SlotSampler(Sampler):
     def __len__(self): return self.size
     def __iter__(self): return iter(self.plan(epoch=self.epoch))
 
-# %% ../nbs/00_data.ipynb #cell053
+# %% ../nbs/00_data.ipynb #cell054
 KINDS = ("forget", "refusal", "retain", "decouple")
 
 
@@ -350,7 +350,7 @@ class Row:
     answer: str      # the target: the item's own answer or a refusal
     live: bool = True
 
-# %% ../nbs/00_data.ipynb #cell054
+# %% ../nbs/00_data.ipynb #cell055
 class SlotDataset(Dataset):
     "Maps a `Slot` (or the number of a forget item) to its rows, of the kinds that an objective needs."
     def __init__(self, sets: Sets,
@@ -368,7 +368,7 @@ class SlotDataset(Dataset):
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
 
-# %% ../nbs/00_data.ipynb #cell057
+# %% ../nbs/00_data.ipynb #cell058
 PROBE, _SAID = "7301946285", "5829164037"  # stand for a question and an answer; digits survive trimming and changes of case
 
 
@@ -380,7 +380,7 @@ _FORMS = (  # what a user's message holds, from the image's mark and the questio
     (_parts, str),
     (lambda mark, question: f"{mark}\n{question}", str))
 
-# %% ../nbs/00_data.ipynb #cell058
+# %% ../nbs/00_data.ipynb #cell059
 class Writer:
     "Writes a question about an image and its answer, in the form that a processor's chat template understands."
     def __init__(self, processor):
@@ -403,7 +403,7 @@ class Writer:
         except SafeEraserError: return False
         return all(t in text for t in (PROBE, _SAID, self.mark or "")) and "'type'" not in text
 
-# %% ../nbs/00_data.ipynb #cell060
+# %% ../nbs/00_data.ipynb #cell061
 class ChatTemplate:
     "Prompts and answers as a processor's chat template writes them; raises `SafeEraserError` where it can't."
     def __init__(self, processor):
@@ -433,7 +433,7 @@ class ChatTemplate:
             raise SafeEraserError(f"the chat template changes the answer {answer!r:.60}: it renders as {text[len(before):]!r:.80}")
         return prompt, before[len(prompt):] + said + self.end
 
-# %% ../nbs/00_data.ipynb #cell061
+# %% ../nbs/00_data.ipynb #cell062
 def _end_of_turn(tokenizer, behind: str) -> str:
     "The token that ends an answer, as text, from what a template writes behind it."
     added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
@@ -443,7 +443,7 @@ def _end_of_turn(tokenizer, behind: str) -> str:
     if not end: raise SafeEraserError("neither the chat template nor the tokenizer says how an answer ends; set eos_token in tokenizer_config.json")
     return end
 
-# %% ../nbs/00_data.ipynb #cell063
+# %% ../nbs/00_data.ipynb #cell064
 def common_prefix(lists: list[list[int]]) -> int:
     "Length of the longest beginning that all lists have in common."
     return next((n for n, tokens in enumerate(zip(*lists)) if len(set(tokens)) > 1), min(map(len, lists)))
@@ -457,12 +457,12 @@ def tokens_of(tokenizer, prompt: str, answer: str,
     asked, joint = ids(prompt), ids(prompt + answer)
     return asked, joint[len(asked):] if joint[:len(asked)] == asked else ids(special + answer)[1:]
 
-# %% ../nbs/00_data.ipynb #cell065
+# %% ../nbs/00_data.ipynb #cell066
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
                   "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-# %% ../nbs/00_data.ipynb #cell066
+# %% ../nbs/00_data.ipynb #cell067
 def word_processor(words: list[str],          # vocabulary
                    image_size: int = 48,      # pixels a side
                    patch_size: int = 12,      # pixels a side
@@ -482,7 +482,7 @@ def word_processor(words: list[str],          # vocabulary
     return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
                           chat_template=template, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/00_data.ipynb #cell069
+# %% ../nbs/00_data.ipynb #cell070
 def control_tokens(processor, *more: str) -> re.Pattern:
     "Finds in a text what is a signal to a model instead of text; by a processor or a tokenizer, and more tokens."
     tok = getattr(processor, "tokenizer", processor)
@@ -497,7 +497,7 @@ def disarmed(text: str, control: re.Pattern) -> str:
     while control.search(text): text = control.sub(lambda m: f"{m[0][0]} {m[0][1:]}" if len(m[0]) > 1 else " ", text)
     return text
 
-# %% ../nbs/00_data.ipynb #cell072
+# %% ../nbs/00_data.ipynb #cell073
 def _put_around(tokenizer) -> tuple[list[int], list[int]]:
     "Tokens that a tokenizer puts in front of a text and behind it."
     alone, full = (tokenizer("a", add_special_tokens=more).input_ids for more in (False, True))
@@ -524,7 +524,7 @@ def _append_nothing(tokenizer, front: list[str]):
     named = list(zip(front, tokenizer.convert_tokens_to_ids(front)))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=[*front, "$A"], special_tokens=named)
 
-# %% ../nbs/00_data.ipynb #cell073
+# %% ../nbs/00_data.ipynb #cell074
 @dataclass(frozen=True)
 class Text:
     "A question with its answer, as written and as tokens."
@@ -573,7 +573,7 @@ class Texts:
         asked, said = tokens_of(self.processor.tokenizer, prompt, tail, self.template.end)
         return Text(prompt, tail, array("i", asked + said), len(said))
 
-# %% ../nbs/00_data.ipynb #cell075
+# %% ../nbs/00_data.ipynb #cell076
 def image_digest(image: Path) -> str:
     "Of an image file's content."
     return hashlib.sha256(image.read_bytes()).hexdigest()
@@ -590,7 +590,7 @@ def open_image(path: Path) -> Image.Image:
     "`load_image`, but icons such as the world's are decoded once; a file with other content is read anew."
     return os.path.getsize(path) < 2**15 and _if_small(path, image_digest(path)) or load_image(path)
 
-# %% ../nbs/00_data.ipynb #cell076
+# %% ../nbs/00_data.ipynb #cell077
 @dataclass
 class Encoder(Texts):
     "Texts and images to model inputs, by any processor with a chat template."
@@ -625,7 +625,7 @@ class Encoder(Texts):
             raise SafeEraserError(f"{row.item.image_id}, question {row.item.question!r:.60}: {n} tokens with its "
                                   f"answer and image, more than max_length={self.max_length}; raise it or shorten the answer")
 
-# %% ../nbs/00_data.ipynb #cell078
+# %% ../nbs/00_data.ipynb #cell079
 def with_answers(inputs: dict,                 # a processor's, for prompts padded on the right
                  answers: list[torch.Tensor],  # the tokens of each row's answer
                  padding: int) -> dict:
@@ -640,7 +640,7 @@ def with_answers(inputs: dict,                 # a processor's, for prompts padd
     nothing = torch.full(shape, -100)
     return inputs | per_token | {"input_ids": longer(inputs["input_ids"], answers.__getitem__, padding), "labels": longer(nothing, answers.__getitem__, -100)}
 
-# %% ../nbs/00_data.ipynb #cell079
+# %% ../nbs/00_data.ipynb #cell080
 _FIELDS = {"forget": "model_response", "refusal": "idk of prompt.json", "retain": "Prediction", "decouple": "sd_response"}
 
 
@@ -672,7 +672,7 @@ def _read_both_ways(encoder: Encoder, rows: list[Row]) -> dict:
         with about(row): prompts.append(encoder.text(row.item.question, row.answer).prompt)
     return encoder.call(prompts, [r.item.image for r in rows], "right", suffix=[r.answer for r in rows])
 
-# %% ../nbs/00_data.ipynb #cell085
+# %% ../nbs/00_data.ipynb #cell086
 def image_size(path: Path) -> tuple[int, int]:
     "Width and height of an image as it is shown, from its file's head."
     with told(path, "not a readable image"), Image.open(path) as image:
@@ -694,7 +694,7 @@ def image_tokens(encoder: Encoder, size: tuple[int, int]) -> int:
         inputs = encoder.call([text], [Image.new("RGB", size)], "right")
     return int(inputs["attention_mask"].sum()) - len(encoder.processor.tokenizer(text, add_special_tokens=False).input_ids)
 
-# %% ../nbs/00_data.ipynb #cell086
+# %% ../nbs/00_data.ipynb #cell087
 def rows_that_occur(dataset: SlotDataset, encoder: Encoder) -> Iterator[Row]:
     "All rows of an epoch, whatever refusals will be drawn: every refusal once, and the longest about each item."
     sets, by_length = dataset.sets, lambda r: encoder.text(sets.forget[0].question, r).n_answer
@@ -710,7 +710,7 @@ def check_rows_fit(encoder: Encoder, dataset: SlotDataset):
     "Raise `SafeEraserError` for the first row of any epoch that is too long or cannot be encoded."
     for row, n in measure(encoder, rows_that_occur(dataset, encoder)): encoder.check_length(row, n)
 
-# %% ../nbs/00_data.ipynb #cell089
+# %% ../nbs/00_data.ipynb #cell090
 def number_items(rows: list[Row]) -> list[int]:
     "The item that each row belongs to, counted within its kind; -1 for rows without loss."
     seen, items = {k: 0 for k in KINDS}, []
@@ -724,7 +724,7 @@ def count_items(rows: list[Row]) -> torch.Tensor:
     "Number of live rows of each kind: [len(KINDS)]."
     return torch.tensor([sum(r.live and r.kind == k for r in rows) for k in KINDS])
 
-# %% ../nbs/00_data.ipynb #cell090
+# %% ../nbs/00_data.ipynb #cell091
 @dataclass
 class Collator:
     "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [4] to tell the rows apart."
