@@ -50,8 +50,9 @@ class Place:
 
 # %% ../nbs/00_core.ipynb #cell009
 def first_line(e: BaseException) -> str:
-    "The first line of an error's message, cut to fit into a sentence; its type where it says nothing."
-    return f"{(str(e).strip() or type(e).__name__).splitlines()[0]:.200}"
+    "The first line of an error's message (two, where it ends in a colon), cut to fit into a sentence; its type where it says nothing."
+    first, *more = (str(e).strip() or type(e).__name__).splitlines()
+    return f"{' '.join([first, *map(str.strip, more[:1])]) if first.endswith(':') else first:.200}"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .engine import check_engine, Engine
 from .core import cpu_threads, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
 from .data import Encoder, image_digest, Item, load_sets, settings_of
 from .model import adapter_file, load_adapter, load_model
+from .runs import read_record
 
 SCHEMA_VERSION = 1
 
@@ -156,7 +157,7 @@ def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
     "Method and seed, as the run's or the model's own record tells them."
     for file in ([Path(adapter)/"run.json"] if adapter else []) + [Path(model)/"safeeraser.json"]:
         if file.is_file():
-            record = json.loads(file.read_text())
+            record = read_record(file, "method", "seed")
             return record["method"], record["seed"]
     return ("adapter" if adapter else "base"), 0
 

@@ -13,6 +13,7 @@ __all__ = ['PASS_TOKENS', 'SPLIT', 'ROUTES', 'SHORT_ROW', 'FAILURES', 'PackedRow
 # %% ../nbs/10_packing.ipynb #cell003
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -103,7 +104,7 @@ def _reads_on(encoder: Encoder, head: list[int], row: _Segmented) -> bool:
     around = tok.convert_ids_to_tokens(head[last]) + tok.decode(head[last + 1:])
     return tok(around + behind, add_special_tokens=False).input_ids == head[last:] + row.asked
 
-# %% ../nbs/10_packing.ipynb #b09e2707
+# %% ../nbs/10_packing.ipynb #cell020
 @dataclass
 class _Inputs:
     "What a processor makes of one prompt."
@@ -131,7 +132,7 @@ def _headed(encoder: Encoder, group: list[_Segmented]) -> Iterator[tuple[list[_S
         own = [_inputs(encoder, s) for s in odd]
         yield [replace(s, tail=i.ids + s.tail[len(s.asked):]) for s, i in zip(odd, own)], [], own[0]
 
-# %% ../nbs/10_packing.ipynb #e8cda513
+# %% ../nbs/10_packing.ipynb #cell021
 @dataclass
 class Packer:
     "Rows to packed rows, by any processor that puts the image before the question."
@@ -164,7 +165,7 @@ class Packer:
         shared = common_prefix([s.asked[:-1] for s in group])
         for part in _fill(_units(group), len(head) + shared, shared, self.row_tokens): yield _packed_row(part, head, shared, inputs)
 
-# %% ../nbs/10_packing.ipynb #cell021
+# %% ../nbs/10_packing.ipynb #cell022
 def _units(group: list[_Segmented]) -> list[list[_Segmented]]:
     "Segments that must share a row: an item's harmful answer and its refusal, because one loss compares them."
     units = {}
@@ -185,7 +186,7 @@ def _fill(units: list, prefix: int, shared: int, budget: int) -> Iterator[list]:
         part, used = part + unit, used + size
     yield part
 
-# %% ../nbs/10_packing.ipynb #cell022
+# %% ../nbs/10_packing.ipynb #cell023
 def _packed_row(part: list[_Segmented], head: list[int], shared: int, inputs: _Inputs) -> PackedRow:
     "Prefix and segments laid out; an input that has an entry a token goes on as it was at the end of the first row."
     ids = head + part[0].tail[:shared]
@@ -198,7 +199,7 @@ def _packed_row(part: list[_Segmented], head: list[int], shared: int, inputs: _I
     extended = {k: torch.cat([v[:lengths[0]], v[-1:].expand(len(ids) - lengths[0], *v.shape[1:])]) for k, v in inputs.per_token.items()}
     return PackedRow(part[0].row.item.image_id, ids, lengths, labels, [s.row.kind for s in part], [s.item for s in part], inputs.image, extended)
 
-# %% ../nbs/10_packing.ipynb #cell028
+# %% ../nbs/10_packing.ipynb #cell029
 PASS_TOKENS = 1024  # tokens of short rows that share a forward pass, padding included
 
 
@@ -215,7 +216,7 @@ def passes(rows: list[PackedRow], tokens: int = PASS_TOKENS) -> Iterator[list[Pa
 
 def _shapes(row: PackedRow) -> dict: return {k: v.shape for k, v in row.image.items()}
 
-# %% ../nbs/10_packing.ipynb #cell029
+# %% ../nbs/10_packing.ipynb #cell030
 def stack_rows(rows: list[PackedRow],
                reference_kinds: tuple[str, ...] = ()  # kinds of which the vanilla model is asked
                ) -> dict:
@@ -246,7 +247,7 @@ def segment_names(row: PackedRow) -> list[str]:
 
 def _pad_first(x: torch.Tensor, size: int) -> torch.Tensor: return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
-# %% ../nbs/10_packing.ipynb #cell030
+# %% ../nbs/10_packing.ipynb #cell031
 def only(row: PackedRow, kinds: tuple[str, ...]) -> PackedRow | None:
     "The row with the segments of some kinds only; None where it has none."
     kept = [k for k, kind in enumerate(row.kinds) if kind in kinds]
@@ -266,7 +267,7 @@ def _number_items(kind: torch.Tensor, item: torch.Tensor) -> tuple[torch.Tensor,
         counts[k] = len(found)
     return numbered, counts
 
-# %% ../nbs/10_packing.ipynb #cell034
+# %% ../nbs/10_packing.ipynb #cell035
 def merge_attention(a: torch.Tensor, lse_a: torch.Tensor,  # [B, H, S, D] and [B, H, S]: attention over some keys, its log-sum-exp
                     b: torch.Tensor, lse_b: torch.Tensor   # the same over others
                     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,7 +275,7 @@ def merge_attention(a: torch.Tensor, lse_a: torch.Tensor,  # [B, H, S, D] and [B
     lse = torch.logaddexp(lse_a, lse_b)
     return (a * (lse_a - lse).exp().unsqueeze(-1) + b * (lse_b - lse).exp().unsqueeze(-1)).to(a.dtype), lse
 
-# %% ../nbs/10_packing.ipynb #cell035
+# %% ../nbs/10_packing.ipynb #cell036
 def flash(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor, tuple]:
     "Attention [1, H, S, D], its log-sum-exp [1, H, S], and what a CUDA backward wants besides."
     if q.device.type == "cpu":
@@ -290,7 +291,7 @@ def flash_backward(grad, q, k, v, out, lse, more: tuple, causal: bool, scale: fl
     cum_q, cum_k, max_q, max_k, *seed = more
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, *seed, scale=scale)
 
-# %% ../nbs/10_packing.ipynb #cell039
+# %% ../nbs/10_packing.ipynb #cell040
 def _parts(lengths: list[int]) -> tuple[slice, slice, list[slice]]:
     "Prefix, everything behind it, and each segment, as slices of a row."
     edges = torch.tensor(lengths).cumsum(0).tolist()
@@ -329,7 +330,7 @@ class SplitAttention(torch.autograd.Function):
         dq[:, :, rest] += dq_across
         return dq, dk, dv, None, None
 
-# %% ../nbs/10_packing.ipynb #cell043
+# %% ../nbs/10_packing.ipynb #cell044
 SPLIT = "safeeraser_split"  # the name under which transformers knows the split route
 
 
@@ -345,7 +346,7 @@ class Rows:
         rows = [SplitAttention.apply(q[b:b + 1, :, :sum(n)], k[b:b + 1, :, :sum(n)], v[b:b + 1, :, :sum(n)], n, scale) for b, n in enumerate(self.lengths)]
         return torch.cat([pad(r, (0, 0, 0, q.shape[2] - r.shape[2])) for r in rows])
 
-# %% ../nbs/10_packing.ipynb #cell044
+# %% ../nbs/10_packing.ipynb #cell045
 def split_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, packed=None, **kwargs):
     "An attention function for transformers; `packed` says how the rows are laid out, None: not at all."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -363,7 +364,7 @@ def register_split():
     AttentionInterface.register(SPLIT, split_attention)
     AttentionMaskInterface.register(SPLIT, sdpa_mask)
 
-# %% ../nbs/10_packing.ipynb #cell046
+# %% ../nbs/10_packing.ipynb #cell047
 ROUTES = ("split", "flex", "dense")  # flex needs a GPU
 
 
@@ -391,7 +392,7 @@ def use_route(model, route: str):
     register_split()
     set_attention(model, {"split": SPLIT, "flex": "flex_attention", "dense": "sdpa"}[route])
 
-# %% ../nbs/10_packing.ipynb #cell047
+# %% ../nbs/10_packing.ipynb #cell048
 def position_ids(model, batch: dict) -> torch.Tensor:
     "Positions as the model counts them: own positions, [B, S], or three of each, [3, B, S], where it counts rows and columns of an image."
     core = unwrapped(model).model
@@ -406,7 +407,7 @@ def _three_positions(core, batch: dict, b: int) -> torch.Tensor:
     behind = prefix.max() + 1 + batch["position"][b, n:] - n
     return torch.cat([prefix, behind.expand(3, 1, -1)], 2)
 
-# %% ../nbs/10_packing.ipynb #cell048
+# %% ../nbs/10_packing.ipynb #cell049
 _LAYERS = {"full_attention", "sliding_attention"}  # types of layer that `packing_mask` can express
 
 
@@ -425,7 +426,7 @@ def _blocks(batch: dict) -> torch.Tensor | None:
     starts = (marks == 1) & (pad(marks[:, :-1], (1, 0)) != 1)
     return torch.where(marks == 1, starts.cumsum(1), -1)
 
-# %% ../nbs/10_packing.ipynb #cell049
+# %% ../nbs/10_packing.ipynb #cell050
 def check_plain_causal(model, batch: dict, longest: int | None = None  # tokens of the longest row of its own; default: that of the batch
                        ):
     "Raise `CannotPack` where a token sees more or less than what is before it, which the split route takes for granted."
@@ -458,7 +459,7 @@ def _block_mask(seen: torch.Tensor):
     look = lambda b, h, q, k: seen[b, 0, q, k]
     return create_block_mask(look, len(seen), None, seen.shape[2], seen.shape[3], device=seen.device)
 
-# %% ../nbs/10_packing.ipynb #cell050
+# %% ../nbs/10_packing.ipynb #cell051
 def packed_log_probs(model, batch: dict, route: str) -> torch.Tensor:
     "Log-distributions [N, V] (float32) that predict the labels of a packed batch, row after row."
     keep = batch["labels"] != -100
@@ -467,7 +468,7 @@ def packed_log_probs(model, batch: dict, route: str) -> torch.Tensor:
                    **batch["image"], **batch["per_token"], **packed_masks(model, batch, route)).logits
     return log_softmax(logits[keep[:, columns]].float(), dim=-1)
 
-# %% ../nbs/10_packing.ipynb #cell055
+# %% ../nbs/10_packing.ipynb #cell056
 @dataclass(frozen=True)
 class Verdict:
     "What the check found."
@@ -478,7 +479,7 @@ class Verdict:
 
     def __str__(self): return f"images shared: {self.route or 'no'} ({self.why})"
 
-# %% ../nbs/10_packing.ipynb #cell056
+# %% ../nbs/10_packing.ipynb #cell057
 SHORT_ROW = 512  # tokens; a mask over rows shorter than this is cheaper than a kernel call a segment
 
 
@@ -489,14 +490,17 @@ def preferred_routes(model, encoder: Encoder, rows: list[Row]) -> tuple[str, ...
     except CannotPack: short = True
     return ("dense", "split", *flex) if short else ("split", *flex, "dense")
 
-# %% ../nbs/10_packing.ipynb #cell057
+# %% ../nbs/10_packing.ipynb #cell058
 _TOLERANCE = {"log-probability": {torch.float32: 1e-4, torch.bfloat16: .06, torch.float16: .02},  # in nats
               "gradient": {torch.float32: 1e-3, torch.bfloat16: .1, torch.float16: .05}}            # relative
 
 
 def tolerance(model, of: str = "log-probability") -> float:
-    "What rounding may make of it, in the model's precision."
-    return _TOLERANCE[of].get(next(unwrapped(model).parameters()).dtype, _TOLERANCE[of][torch.float32])
+    "What rounding may make of it, in the precision that the model computes in: 16 bits where its weights have 4."
+    base, device = unwrapped(model), next(model.parameters()).device.type
+    dtype = torch.bfloat16 if getattr(base, "is_quantized", False) else next(base.parameters()).dtype
+    if torch.is_autocast_enabled(device): dtype = torch.get_autocast_dtype(device)
+    return _TOLERANCE[of].get(dtype, _TOLERANCE[of][torch.float32])
 
 
 def check_packing(model, encoder: Encoder,
@@ -525,13 +529,14 @@ def check_packing(model, encoder: Encoder,
     finally:
         model.train(training)
 
-# %% ../nbs/10_packing.ipynb #cell058
+# %% ../nbs/10_packing.ipynb #cell059
 FAILURES = (CannotPack, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
 def in_precision(model):
-    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32."
+    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32; a caller's own autocast stays."
     dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device): return nullcontext()
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
@@ -583,7 +588,7 @@ def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: to
     relative = (found - gradient).norm() / gradient.norm().clamp_min(1e-12) if len(gradient) else torch.zeros(())
     return (logp - expected).abs().max().item(), relative.item()
 
-# %% ../nbs/10_packing.ipynb #cell065
+# %% ../nbs/10_packing.ipynb #cell066
 @dataclass
 class PackedCollator:
     "Slots' rows to the forward passes of a step: `passes`, `n_items` [4] and `composition`."
