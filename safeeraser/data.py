@@ -212,6 +212,7 @@ def load_refusals(data: str | Path,      # the folder that holds `prompt.json`
                   ) -> list[str]:
     "The refusals that preference optimisation draws from."
     file = Path(data)/"prompt.json"
+    if not Path(data).is_dir(): raise SafeEraserError(f"{data}: no such folder; --data is the folder that holds all_train.json")
     if not file.exists():
         if not needed: return []
         raise SafeEraserError(f"{file}: no such file; it holds the refusals that this method teaches, as {{\"idk\": [\"I can't help with that.\"]}}")
@@ -363,7 +364,8 @@ class SlotDataset(Dataset):
     def __getitem__(self, slot: Slot | int) -> list[Row]:
         slot = Slot(slot) if isinstance(slot, int) else slot
         forget, partners = self.sets.forget[slot.forget], self.sets.decouple[slot.forget:slot.forget + 1]
-        rows = [Row("forget", forget, forget.answer, slot.live), Row("refusal", forget, self.refusals[slot.refusal], slot.live)]
+        rows = [Row("forget", forget, forget.answer, slot.live)]
+        rows += [Row("refusal", forget, r, slot.live) for r in self.refusals[slot.refusal:slot.refusal + 1]]
         rows += [Row("decouple", p, p.answer, slot.live) for p in partners]
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
@@ -701,7 +703,7 @@ def rows_that_occur(dataset: SlotDataset, encoder: Encoder) -> Iterator[Row]:
     made = [Row("refusal", sets.forget[0], r) for r in dataset.refusals]
     for row in made:
         with about(row): by_length(row.answer)
-    made += [Row("refusal", i, max(dataset.refusals, key=by_length)) for i in sets.forget]
+    made += [Row("refusal", i, max(dataset.refusals, key=by_length)) for i in sets.forget if dataset.refusals]
     made += [Row(kind, i, i.answer) for kind in ("forget", "retain", "decouple") for i in getattr(sets, kind)]
     yield from (r for r in made if r.kind in dataset.kinds)
 
