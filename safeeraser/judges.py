@@ -277,7 +277,8 @@ def local_judge(source: str | Path,        # a folder, or a name on the hub
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from safeeraser.cache import frozen_fingerprint
     from safeeraser.model import pick_device
-    try: model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype="auto"), AutoTokenizer.from_pretrained(source)
+    own = {"trust_remote_code": False}
+    try: model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **own), AutoTokenizer.from_pretrained(source, **own)
     except (OSError, ValueError, KeyError) as e: raise SafeEraserError(f"{source}: no language model there ({str(e).strip().splitlines()[0]:.200})") from None
     if not tokenizer.chat_template: raise SafeEraserError(f"{source}: its tokenizer has no chat template")
     model = model.to(pick_device(device)).eval().requires_grad_(False)

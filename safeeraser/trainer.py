@@ -457,7 +457,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     told_settings = {"method": method, "disable_tqdm": not progress} | settings
     _check_stop(make_config(out/"checkpoints", **told_settings), objective)
     record = {"schema_version": 1, "method": method, "objective": objective.weights, "model": str(model), "data": str(data), "settings": settings}
-    before, refusals = _earlier_run(out, record), load_refusals(data)
+    before, refusals = _earlier_run(out, record), load_refusals(data, "refusal" in objective.kinds)
     with cpu_threads(settings.get("threads", UnlearnConfig.threads)):
         net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None, four_bit=settings.get("tuning") == "qlora")
         record |= {"model_fingerprint": model_fingerprint(net), "refusals_digest": _digest(refusals)}
