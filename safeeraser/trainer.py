@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'Predictions', 'packed_predictions', 'predict', 'rows_of', 'ask_vanilla', 'batch_tokens', 'context_length',
-           'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent', 'UnlearnTrainer', 'Guard',
-           'ProgressBar', 'GracefulStop', 'Left', 'read_left', 'last_checkpoint', 'recommended_settings', 'probe',
+           'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent', 'Left', 'read_left',
+           'last_checkpoint', 'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'recommended_settings', 'probe',
            'plan_text', 'make_trainable', 'unlearn', 'save_trained', 'save_model']
 
 # %% ../nbs/04_trainer.ipynb #cell003
@@ -144,6 +144,35 @@ def silent(batch: dict) -> dict:
     "A pass without labels: it carries no loss, whatever the model says."
     reference = batch["reference"] and silent(batch["reference"])
     return batch | {"labels": torch.full_like(batch["labels"], -100), "n_items": torch.zeros_like(batch["n_items"]), "reference": reference}
+
+# %% ../nbs/04_trainer.ipynb #cell036
+COMPLETE = "complete"  # a checkpoint that was written to its end has this file; it says how far the run was
+
+
+class Left(TypedDict, total=False):
+    "Where a checkpoint left the run."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    step: int
+    seconds: float                     # spent until then
+    stopped: dict[str, object] | None  # as in the record
+
+
+def read_left(checkpoint: str | Path | None) -> dict:
+    "Where a checkpoint left the run; empty without a checkpoint."
+    if not checkpoint: return {}
+    file = Path(checkpoint)/COMPLETE
+    return {"step": _number(Path(checkpoint))} | (read_json(file, TypeAdapter(Left)) if file.is_file() and file.stat().st_size else {})
+
+
+def _number(checkpoint: Path) -> int: return int(checkpoint.name.split("-")[1])
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    "The newest checkpoint that is whole; what a killed run left half-written is removed."
+    found = sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()), key=_number)
+    for broken in (p for p in found if not (p/COMPLETE).exists()): shutil.rmtree(broken, ignore_errors=True)
+    whole = [p for p in found if p.exists()]
+    return str(whole[-1]) if whole else None
 
 # %% ../nbs/04_trainer.ipynb #cell026
 class UnlearnTrainer(Trainer):
@@ -363,36 +392,6 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell036
-COMPLETE = "complete"  # a checkpoint that was written to its end has this file; it says how far the run was
-_RUN_KEYS = ("method", "objective", "model", "data", "settings")
-
-
-class Left(TypedDict, total=False):
-    "Where a checkpoint left the run."
-    __pydantic_config__ = ConfigDict(extra="allow")
-    step: int
-    seconds: float                     # spent until then
-    stopped: dict[str, object] | None  # as in the record
-
-
-def read_left(checkpoint: str | Path | None) -> dict:
-    "Where a checkpoint left the run; empty without a checkpoint."
-    if not checkpoint: return {}
-    file = Path(checkpoint)/COMPLETE
-    return {"step": _number(Path(checkpoint))} | (read_json(file, TypeAdapter(Left)) if file.is_file() and file.stat().st_size else {})
-
-
-def _number(checkpoint: Path) -> int: return int(checkpoint.name.split("-")[1])
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    "The newest checkpoint that is whole; what a killed run left half-written is removed."
-    found = sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()), key=_number)
-    for broken in (p for p in found if not (p/COMPLETE).exists()): shutil.rmtree(broken, ignore_errors=True)
-    whole = [p for p in found if p.exists()]
-    return str(whole[-1]) if whole else None
-
 # %% ../nbs/04_trainer.ipynb #c69143cb
 def recommended_settings(data: str | Path, objective: Objective) -> dict:
     "What the data set's `settings.json` recommends for the objective's forget term."
@@ -538,6 +537,9 @@ def save_model(model: torch.nn.Module, out: Path, source: str | Path, identity: 
     (out/"safeeraser.json").write_text(json.dumps(identity, indent=1) + "\n")
 
 # %% ../nbs/04_trainer.ipynb #cell048
+_RUN_KEYS = ("method", "objective", "model", "data", "settings")
+
+
 def _earlier_run(out: Path, record: dict) -> dict | None:
     "The record of the run that is in `out` already; raises `SafeEraserError` where it was another one, or its data has changed since."
     from safeeraser.runs import data_digest
