@@ -67,11 +67,19 @@ def _executor(workers: int | None):
 
 # %% ../nbs/09_cli.ipynb #cell017
 def _quiet_worker():
-    import torch
+    import threading, torch
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from transformers.utils import logging
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _end_with_parent():
+    "A worker whose parent was killed would go on for minutes, and hold its locks."
+    import multiprocessing
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 # %% ../nbs/09_cli.ipynb #cell020
 @contextmanager
@@ -166,7 +174,7 @@ Data = Annotated[Path, typer.Option(help="Dataset folder: the one that holds all
 def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (official layout) and OUT/model.")],
           seed: Annotated[int, typer.Option(help="Governs data and model.")] = 0,
           gold: Annotated[bool, typer.Option(help="Also write OUT/gold, a model that never saw the hazards' recipes.")] = False,
-          records: Annotated[Optional[int], typer.Option(help="Records of the train split (default 540).", min=1)] = None):
+          records: Annotated[Optional[int], typer.Option(help="Records of the train split (default 540).", min=1, max=100_000)] = None):
     "Write the embedded fictional world: a dataset and a tiny LLaVA that knows it (trained on first use, then cached)."
     from safeeraser.world import HELD_OUT_FAMILIES, make_world, nearest_hazard, SPLIT_SIZES
     make_world(out, seed, gold, None if records is None else SPLIT_SIZES | {"train": records})
@@ -186,6 +194,18 @@ def _settings(pairs: list[str]) -> dict:
     for p in pairs:
         if "=" not in p: raise SafeEraserError(f"--set {p}: name=value belongs here, such as --set learning_rate=1e-4")
     return {name.strip(): _value(value.strip()) for name, _, value in (p.partition("=") for p in pairs)}
+
+
+def _grid(texts: list[str]) -> dict:
+    "Settings with the values to try, from texts such as `lora_r=4,8`."
+    from safeeraser.core import SafeEraserError
+    grid = {}
+    for text in texts:
+        name, equals, values = (s.strip() for s in text.partition("="))
+        if not equals or not values: raise SafeEraserError(f"--grid {text}: name=value,value,... belongs here, such as --grid lora_r=4,8")
+        if name in grid: raise SafeEraserError(f"--grid {name}: given twice; write all its values into one")
+        grid[name] = [_value(v.strip()) for v in values.split(",")]
+    return grid
 
 # %% ../nbs/09_cli.ipynb #cell043
 @app.command()
@@ -430,8 +450,7 @@ def sweep(model: Model, data: Data,
           seed: Annotated[int, typer.Option(help="Of every run.")] = 0):
     "Try settings; the best is selected on the dev split only."
     from safeeraser.sweep import sweep as run, sweep_text
-    values = {k: [_value(v.strip()) for v in str(text).split(",")] for k, text in ((p.partition("=")[0].strip(), p.partition("=")[2]) for p in grid)}
-    print(sweep_text(run(model, data, out, method, values, judge, seed, **_settings(set or []))))
+    print(sweep_text(run(model, data, out, method, _grid(grid), judge, seed, **_settings(set or []))))
 
 
 @app.command(name="import-results")
