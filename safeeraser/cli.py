@@ -358,7 +358,7 @@ def _update_cards(seen):
     from safeeraser.runs import write_card
     folders = {}
     for s in seen.sources:
-        if s.run and (s.file.parent/"run.json").is_file(): folders.setdefault(s.file.parent, []).append(s)
+        if not s.results and (s.file.parent/"run.json").is_file(): folders.setdefault(s.file.parent, []).append(s)
     for folder, sources in folders.items():
         try:
             with only_here(folder/"README.md"): write_card(folder, _own_lines(sources, seen.results))
