@@ -38,6 +38,8 @@ def image_only(cls  # a processor class of transformers
             "What is saved: all but the stand-in."
             return {k: v for k, v in super().to_dict().items() if k != "video_processor"}
 
+        def __reduce__(self): return _image_only_again, (cls, vars(self))  # the class has no name to be found by
+
         @classmethod
         def _get_arguments_from_pretrained(cls, source, processor_dict=None, **kwargs):
             from transformers import AutoTokenizer
@@ -47,6 +49,13 @@ def image_only(cls  # a processor class of transformers
             return [make[name]() for name in cls.get_attributes()]
     ImageOnly.__name__ = ImageOnly.__qualname__ = cls.__name__  # saved under the name that from_pretrained looks for
     return ImageOnly
+
+
+def _image_only_again(cls, state: dict):
+    "A processor out of its parts, for copies and for other processes."
+    made = object.__new__(image_only(cls))
+    vars(made).update(state)
+    return made
 
 # %% ../nbs/21_processors.ipynb #cell011
 def _without_num2words(cls):

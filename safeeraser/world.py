@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
 
 from .core import cpu_threads, new_folder, progress_bar, SafeEraserError
-from .data import count_answer_tokens, render_answered, word_processor
+from .data import ChatTemplate, tokens_of, word_processor
 
 # %% ../nbs/01_world.ipynb #cell006
 def _regular(n: int, inner: float | None = None) -> list:
@@ -435,12 +435,12 @@ def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gol
 class TextBatcher:
     "Questions and answers to right-padded ids and labels, image tokens in place; texts are tokenized once."
     def __init__(self, processor, image_tokens: int):
-        self.processor, self.image_tokens, self.ids = processor, image_tokens, lru_cache(maxsize=None)(self.ids)
+        self.processor, self.template, self.image_tokens, self.ids = processor, ChatTemplate(processor), image_tokens, lru_cache(maxsize=None)(self.ids)
 
     def ids(self, question: str, answer: str) -> tuple[list[int], int]:
-        tok, (prompt, tail) = self.processor.tokenizer, render_answered(self.processor, question, answer)
-        text = (prompt + tail).replace("<image>", "<image>" * self.image_tokens)
-        return tok(text, add_special_tokens=False).input_ids, count_answer_tokens(tok, prompt, tail)
+        tok, (prompt, tail) = self.processor.tokenizer, self.template.answered(question, answer)
+        asked, said = tokens_of(tok, prompt.replace("<image>", "<image>" * self.image_tokens), tail, self.template.end)
+        return asked + said, len(said)
 
     def __call__(self, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [self.ids(*p) for p in pairs]
