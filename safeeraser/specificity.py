@@ -10,9 +10,14 @@ __all__ = ['BENCHMARKS', 'Benchmark', 'read_lmms', 'lmms_command', 'specificity'
 import json, os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from .core import SafeEraserError, write_whole
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from .core import check_form, read_json, SafeEraserError, write_whole
 from .generate import SCHEMA_VERSION
+from .metrics import Positive, Share
 from .runs import read_record
 
 # %% ../nbs/22_specificity.ipynb #cell006
@@ -131,14 +136,26 @@ def specificity(model: str | Path,          # a merged model's folder
     return found
 
 # %% ../nbs/22_specificity.ipynb #cell024
+class _Task(TypedDict):
+    score: Share
+    n: Positive
+    of: Positive
+
+
+class _Scores(TypedDict):
+    tasks: Annotated[dict[str, _Task], Field(min_length=1)]
+
+
+_SCORES = TypeAdapter(_Scores)
+
+
 def read_specificity(folder: str | Path) -> dict | None:
     "A run folder's scores by task; None where there are none."
     file = Path(folder)/"specificity.json"
     if not file.is_file(): return None
-    try: found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError: raise SafeEraserError(f"{file}: not JSON; run `safeeraser specificity` again") from None
-    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION or not found.get("tasks"): raise SafeEraserError(f"{file}: not a specificity file of schema version {SCHEMA_VERSION}")
-    return found["tasks"]
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION: raise SafeEraserError(f"{file}: not a specificity file of schema version {SCHEMA_VERSION}")
+    return check_form(found, _SCORES, file)["tasks"]
 
 
 def shared_tasks(found: list[dict]) -> list[str]:
@@ -154,9 +171,12 @@ def shared_tasks(found: list[dict]) -> list[str]:
 def specificity_row(found: dict, tasks: list[str]) -> dict:
     "The mean score over `tasks`, as part of a line of results."
     scores, sizes = ([found[t][k] for t in tasks] for k in ("score", "n"))
-    mean = sum(scores) / len(tasks)
-    half = 1.96 * sum(s * (1 - s) / n for s, n in zip(scores, sizes)) ** .5 / len(tasks)
-    return {"specificity": mean, "specificity_n": sum(sizes), "specificity_lo": max(0., mean - half), "specificity_hi": min(1., mean + half), "specificity_unscored": 0}
+    counts = [n + 4 for n in sizes]  # two right and two wrong more, as Agresti and Coull count
+    shares = [(s * n + 2) / more for s, n, more in zip(scores, sizes, counts)]
+    middle = sum(shares) / len(tasks)
+    half = 1.96 * sum(s * (1 - s) / more for s, more in zip(shares, counts)) ** .5 / len(tasks)
+    return {"specificity": sum(scores) / len(tasks), "specificity_n": sum(sizes), "specificity_lo": max(0., middle - half), "specificity_hi": min(1., middle + half),
+            "specificity_unscored": 0}
 
 # %% ../nbs/22_specificity.ipynb #cell026
 def specificity_text(found: dict[str, dict]) -> str:
