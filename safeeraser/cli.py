@@ -6,8 +6,8 @@ __all__ = ['app', 'Model', 'Data', 'Url', 'data_app', 'Source', 'Harmless', 'Col
            'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'specificity', 'main']
 
 # %% ../nbs/09_cli.ipynb #cell001
-import json, logging, os, signal, sys
-from contextlib import contextmanager
+import codecs, io, json, logging, os, re, signal, sys
+from contextlib import contextmanager, ExitStack
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -146,10 +146,9 @@ def _write_json(path: Path, value):
 # %% ../nbs/09_cli.ipynb #cell029
 def _summary(results: dict) -> str:
     "What a person wants to read at the end."
-    from safeeraser.plot import pd_table, results_table
+    from safeeraser.plot import footnotes, pd_table, results_table
     settings, parts = results["settings"], [results_table(results)]
-    parts.append("percent; over several seeds mean (smallest-largest); SARR h.o.: on families that unlearning never saw\n"
-                 f"judge: {settings['judge'] or 'unknown'}")
+    parts.append("\n".join(footnotes(results)))
     if "\n" in (pd := pd_table(results)): parts.append(pd)
     if "specificity" in settings:
         from safeeraser.specificity import specificity_text
@@ -356,7 +355,23 @@ def _calibrated(responses: Path, against: str, out: Path | None) -> str:
     from safeeraser.generate import read_rows
     return calibration_text(read_rows(responses), against, out)
 
-# %% ../nbs/09_cli.ipynb #cell052
+# %% ../nbs/09_cli.ipynb #cell053
+@contextmanager
+def _outputs(named: dict[str, Path | None],  # by option
+             read: list[Path]):
+    "`with _outputs(...)`: these files are ours to write; raises `SafeEraserError` where they cannot be."
+    from safeeraser.core import only_here, plain_file, SafeEraserError
+    files, taken = {}, {plain_file(p): "is read" for p in read if p.is_file() and p.name != "results.json"}
+    for option, path in named.items():
+        if path is None: continue
+        file = plain_file(path)
+        if file in taken: raise SafeEraserError(f"{option} {path}: {taken[file]} by the same command; name another file")
+        files[file], taken[file] = path, f"is written ({option})"
+    with ExitStack() as locks:
+        for file in files: locks.enter_context(only_here(file))
+        yield
+
+# %% ../nbs/09_cli.ipynb #cell054
 @app.command()
 def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either. Runs are compared on the questions that all of them were asked.")],
            judge: Annotated[Optional[str], typer.Option(help="Whose verdicts count, where several judges have been at work.")] = None,
@@ -367,31 +382,41 @@ def report(paths: Annotated[list[Path], typer.Argument(help="results.json files,
            published: Annotated[bool, typer.Option("--published", help="Put the published numbers beside.")] = False,
            official: Annotated[bool, typer.Option("--official", help="Also count the same verdicts as the authors' scripts do.")] = False):
     "Print the paper's table, each method without and with prompt decoupling, and write a self-contained report.html."
-    from safeeraser.compare import official_text, paired, published_rows, to_csv, to_markdown, told_apart
-    from safeeraser.metrics import count, load_sources
+    from safeeraser.compare import compared, official_text, published_rows, to_csv, to_markdown
     from safeeraser.core import write_whole
     from safeeraser.plot import report_page
-    sources, left_out = paired(told_apart(load_sources(*paths)))
-    results = count(sources, judge)
     page = page or (paths[0] if paths[0].is_dir() else paths[0].parent)/"report.html"
-    _update_cards(sources, results)
-    if published: results = results | {"rows": results["rows"] + published_rows()}
-    if out: _write_json(out, results)
-    if csv: write_whole(csv, to_csv(results))
-    if markdown: write_whole(markdown, to_markdown(results))
-    write_whole(page, report_page(results, sources, judge or "exact"))
-    print(_summary(results), *([f"{left_out} responses left out: their questions were not asked of every run"] if left_out else []),
-          *([official_text(sources, judge)] if official else []), f"page: {page}", sep="\n\n")
+    with _outputs({"--page": page, "--out": out, "--csv": csv, "--markdown": markdown}, paths):
+        seen = compared(*paths, judge=judge)
+        results = seen.results | {"rows": seen.results["rows"] + (published_rows() if published else [])}
+        _update_cards(seen)
+        if out: _write_json(out, results)
+        if csv: write_whole(csv, to_csv(results))
+        if markdown: write_whole(markdown, to_markdown(results))
+        write_whole(page, report_page(results, seen.sources, seen.judge))
+    print(_summary(results), *([official_text(seen.sources, seen.judge)] if official else []), f"page: {page}", sep="\n\n")
+
+# %% ../nbs/09_cli.ipynb #cell056
+def _own_lines(sources: list, results: dict) -> list[dict]:
+    "The lines of results that are of the run whose record lies beside these files."
+    method = sources[0].run.get("method")
+    ours = {(r["method"], r["seed"]) for s in sources for r in s.rows if method is None or r["method"].split(" [")[0] == method.split(" [")[0]}
+    return [line for line in results["rows"] if (line["method"], line["seed"]) in ours]
 
 
-def _update_cards(sources: list, results: dict):
-    "The model card beside each run's record learns what was measured."
+def _update_cards(seen):
+    "The model card beside each run's record learns what was measured; a `Comparison` tells it."
+    from safeeraser.core import only_here, SafeEraserError
     from safeeraser.runs import write_card
-    for s in sources:
-        mine = [r for r in results["rows"] if any((r["method"], r["seed"]) == (x["method"], x["seed"]) for x in s.rows[:1])]
-        if s.rows and (s.file.parent/"run.json").is_file(): write_card(s.file.parent, mine)
+    folders = {}
+    for s in seen.sources:
+        if not s.results and (s.file.parent/"run.json").is_file(): folders.setdefault(s.file.parent, []).append(s)
+    for folder, sources in folders.items():
+        try:
+            with only_here(folder/"README.md"): write_card(folder, _own_lines(sources, seen.results))
+        except SafeEraserError as e: print(f"safeeraser: the card is left as it is: {e}", file=sys.stderr)
 
-# %% ../nbs/09_cli.ipynb #cell054
+# %% ../nbs/09_cli.ipynb #cell058
 @app.command(name="demo")
 def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
                  seeds: Annotated[int, typer.Option(help="Run seeds 1 to this.", min=1)] = 1,
@@ -401,7 +426,7 @@ def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
     results = demo(out, seeds, [m.strip() for m in methods.split(",")] if methods else None, workers)
     print(_summary(results), f"results in {out}/results.json, every response in {out}/responses.jsonl, figures and examples in {out}/report.html", sep="\n\n")
 
-# %% ../nbs/09_cli.ipynb #cell056
+# %% ../nbs/09_cli.ipynb #cell060
 data_app = typer.Typer(no_args_is_help=True, help="Check a data set, bring other data into its form, let the vanilla model answer.")
 app.add_typer(data_app, name="data")
 
@@ -423,7 +448,7 @@ def check(path: Annotated[Path, typer.Argument(help="Dataset folder: the one tha
     print(json.dumps(found, indent=1) if as_json else check_text(found))
     if not found["usable"]: raise SafeEraserError(check_sentence(found))
 
-# %% ../nbs/09_cli.ipynb #cell057
+# %% ../nbs/09_cli.ipynb #cell061
 def _tables(sources: list[Path], harmless: list[Path] | None, columns: list[str] | None, answers: bool):
     "Questions of several tables, one after another."
     from safeeraser.core import SafeEraserError
@@ -451,7 +476,7 @@ def make_answers(sources: Source, out: NewData, model: Model, split: NewSplit = 
     written, empty = run(model, _tables(sources, harmless, column, False), out, split, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     print(f"wrote {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
 
-# %% ../nbs/09_cli.ipynb #cell059
+# %% ../nbs/09_cli.ipynb #cell063
 NewModel = Annotated[Path, typer.Option(help="New folder to write.")]
 
 
@@ -471,7 +496,7 @@ def import_checkpoint(file: Annotated[Path, typer.Argument(help="checkpoint.pt o
     from safeeraser.export import import_checkpoint as run
     print(f"wrote {run(file, model, out, alpha)}")
 
-# %% ../nbs/09_cli.ipynb #cell061
+# %% ../nbs/09_cli.ipynb #cell065
 @app.command()
 def sweep(model: Model, data: Data,
           method: Annotated[str, typer.Option(help="As for unlearn.")],
@@ -493,13 +518,17 @@ def import_results(file: Annotated[Path, typer.Argument(help="A result file of t
                    data: Annotated[Optional[Path], typer.Option(help="Dataset folder, for reference answers (ROUGE).")] = None):
     "Turn the authors' result file into responses."
     from safeeraser.compare import read_authors
+    from safeeraser.core import SafeEraserError
     from safeeraser.data import load_records
     from safeeraser.generate import write_rows
-    rows = read_authors(file, method, split, records=load_records(data, split) if data else None)
-    write_rows(out, rows)
+    if not method.strip() or not method.isprintable(): raise SafeEraserError(f"--method {method!r}: a name belongs here, such as po+pd")
+    if split not in ("train", "val"): raise SafeEraserError(f"--split {split!r}: train or val belongs here")
+    with _outputs({"--out": out}, [file]):
+        rows = read_authors(file, method.strip(), split, records=load_records(data, split) if data else None)
+        write_rows(out, rows)
     print(f"wrote {len(rows)} responses to {out}")
 
-# %% ../nbs/09_cli.ipynb #cell063
+# %% ../nbs/09_cli.ipynb #cell067
 @app.command()
 def specificity(model: Annotated[Path, typer.Argument(help="A merged model: a folder written by merge, or a vanilla one.")],
                 run: Annotated[Path, typer.Option(help="The run folder that it belongs to, beside whose judged.jsonl report finds the scores.")],
@@ -515,14 +544,39 @@ def specificity(model: Annotated[Path, typer.Argument(help="A merged model: a fo
     for task, t in found.items(): print(f"{task:20} {100 * t['score']:5.1f}   {t['n']} of {t['of']} questions")
     print(specificity_text(found))
 
-# %% ../nbs/09_cli.ipynb #cell065
+# %% ../nbs/09_cli.ipynb #cell069
+_CODES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # escape sequences; control characters but tab and newline
+
+
+class _PlainOutput(io.TextIOWrapper):
+    "Standard output that passes on text only."
+    def write(self, text: str) -> int:
+        super().write(_CODES.sub("", text))
+        return len(text)
+
+
+def _similar(e: UnicodeEncodeError) -> tuple[str, int]:
+    "What stands for letters that the terminal lacks."
+    return "".join({"↑": "^", "↓": "v"}.get(c, "?") for c in e.object[e.start:e.end]), e.end
+
+
+def _plain_streams():
+    "Make stdout and stderr print anything, with what the terminal has."
+    codecs.register_error("similar", _similar)
+    if isinstance(sys.stderr, io.TextIOWrapper): sys.stderr.reconfigure(errors="similar")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.flush()
+        sys.stdout = _PlainOutput(sys.stdout.buffer, sys.stdout.encoding, "similar", line_buffering=sys.stdout.line_buffering)
+
+# %% ../nbs/09_cli.ipynb #cell073
 def _interrupted(*_):
     print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
     sys.exit(130)
 
-# %% ../nbs/09_cli.ipynb #cell066
+# %% ../nbs/09_cli.ipynb #cell074
 def main():
     "The `safeeraser` command."
+    _plain_streams()
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells on every start that some kernel of its own is absent
     try:
@@ -531,5 +585,5 @@ def main():
         from safeeraser.core import SafeEraserError
         if not isinstance(e, (SafeEraserError, OSError)): raise
         where = f"{e.filename}: " if getattr(e, "filename", None) else ""
-        print(f"safeeraser: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
+        print(_CODES.sub("", f"safeeraser: {where}{getattr(e, 'strerror', None) or e}"), file=sys.stderr)
         sys.exit(2)

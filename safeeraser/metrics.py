@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from .core import check_form, Place, read_json, SafeEraserError
@@ -326,7 +326,7 @@ def _judged(file: Path) -> list[dict]:
 def _marked(source: Source) -> Source:
     "Rows with `pd` where the run's objective has such a term and the name doesn't tell."
     method, weights = source.run.get("method"), source.run.get("objective", {})
-    if not weights.get("pd") or decoupled([{"method": method}]): return source
+    if not method or not weights.get("pd") or decoupled([{"method": method}]): return source
     return replace(source, rows=[r | {"pd": True} if r["method"] == method else r for r in source.rows])
 
 # %% ../nbs/07_metrics.ipynb #cell039
