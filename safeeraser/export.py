@@ -14,15 +14,16 @@ import torch
 from .core import new_folder, SafeEraserError, write_whole
 from .data import Encoder
 from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
+from .runs import read_run
 from .trainer import save_model
 
 # %% ../nbs/14_export.ipynb #cell008
 def vanilla_of(run: Path) -> str:
     "The model that a run started from, as its `run.json` says; raises `SafeEraserError` where it does not."
     adapter_file(run)
-    try: return json.loads((run/"run.json").read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SafeEraserError(f"{run}: no run.json that names the vanilla model; say which it is with --model") from None
+    if not (run/"run.json").is_file() or not (model := read_run(run).get("model")):
+        raise SafeEraserError(f"{run}: no run.json that names the vanilla model; say which it is with --model")
+    return model
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
 
 def _identity(run: Path) -> dict:
     "Method and seed, for the tables that a merged model will be in."
-    found = json.loads((run/"run.json").read_text(encoding="utf-8")) if (run/"run.json").is_file() else {}
+    found = read_run(run) if (run/"run.json").is_file() else {}
     return {"method": found.get("method", "adapter"), "seed": found.get("seed", 0)}
 
 

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'LONG_IMAGE', 'answer_batch', 'RowSampler', 'Request', 'plan_requests',
-           'image_digest', 'response_row', 'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker',
-           'ServerAsker']
+           'response_row', 'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker', 'ServerAsker']
 
 # %% ../nbs/05_generate.ipynb #cell003
 import hashlib, json
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .engine import check_engine, Engine
 from .core import cpu_threads, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
-from .data import Encoder, Item, load_sets, settings_of
+from .data import Encoder, image_digest, Item, load_sets, settings_of
 from .model import adapter_file, load_adapter, load_model
+from .runs import read_record
 
 SCHEMA_VERSION = 1
 
@@ -95,15 +95,6 @@ def plan_requests(data: str | Path,
 ROW_KEYS = ("schema_version", "method", "seed", "image_id", "split", "set", "question", "sample", "response", "verdicts")
 
 
-@lru_cache(maxsize=2**16)
-def _digest_at(image: Path, changed: int) -> str: return hashlib.sha256(image.read_bytes()).hexdigest()
-
-
-def image_digest(image: Path) -> str:
-    "Of an image file's content; read again when the file has changed."
-    return _digest_at(image, image.stat().st_mtime_ns)
-
-
 def response_row(request: Request, response: str, method: str, seed: int) -> dict:
     "A response as a line of `responses.jsonl`."
     i = request.item
@@ -166,14 +157,15 @@ def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
     "Method and seed, as the run's or the model's own record tells them."
     for file in ([Path(adapter)/"run.json"] if adapter else []) + [Path(model)/"safeeraser.json"]:
         if file.is_file():
-            record = json.loads(file.read_text())
+            record = read_record(file, "method", "seed")
             return record["method"], record["seed"]
     return ("adapter" if adapter else "base"), 0
 
 # %% ../nbs/05_generate.ipynb #cell026
 def _digest(requests: list[Request]) -> str:
     "Names what is asked: questions, and the images' contents, which may be replaced between two runs."
-    return hashlib.sha256(repr([(image_digest(r.item.image), r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
+    images = {image: image_digest(image) for image in {r.item.image for r in requests}}
+    return hashlib.sha256(repr([(images[r.item.image], r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
 
 # %% ../nbs/05_generate.ipynb #cell027
 def generate(model: str | Path,                   # the vanilla model: a folder, or a name on the hub

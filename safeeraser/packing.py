@@ -13,6 +13,7 @@ __all__ = ['PASS_TOKENS', 'SPLIT', 'ROUTES', 'SHORT_ROW', 'FAILURES', 'PackedRow
 # %% ../nbs/10_packing.ipynb #cell003
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -496,8 +497,9 @@ _TOLERANCE = {"log-probability": {torch.float32: 1e-4, torch.bfloat16: .06, torc
 
 def tolerance(model, of: str = "log-probability") -> float:
     "What rounding may make of it, in the precision that the model computes in: 16 bits where its weights have 4."
-    base = unwrapped(model)
+    base, device = unwrapped(model), next(model.parameters()).device.type
     dtype = torch.bfloat16 if getattr(base, "is_quantized", False) else next(base.parameters()).dtype
+    if torch.is_autocast_enabled(device): dtype = torch.get_autocast_dtype(device)
     return _TOLERANCE[of].get(dtype, _TOLERANCE[of][torch.float32])
 
 
@@ -532,8 +534,9 @@ FAILURES = (CannotPack, RuntimeError, ValueError, TypeError, KeyError, IndexErro
 
 
 def in_precision(model):
-    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32."
+    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32; a caller's own autocast stays."
     dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device): return nullcontext()
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .core import SafeEraserError, write_whole
 from .generate import SCHEMA_VERSION
+from .runs import read_record
 
 # %% ../nbs/22_specificity.ipynb #cell006
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _own_environment() -> dict:
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
-def _record(file: Path) -> dict: return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _record(file: Path) -> dict: return read_record(file) if file.is_file() else {}
 
 
 def _belongs(model: dict, run: dict, name: str) -> bool:

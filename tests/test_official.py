@@ -124,8 +124,8 @@ FAULTS = [
     (lambda f: image_of(f).write_bytes(b""), "not a readable image"),
     (lambda f: image_of(f).write_text("hello"), "not a readable image"),
     (lambda f: image_of(f).write_bytes(image_of(f).read_bytes()[:150]), "not a readable image"),
-    (lambda f: (f / "prompt.json").write_text("{}"), "idk: a non-empty list of refusals"),
-    (lambda f: (f / "settings.json").write_text("[3]"), "settings: an object of settings"),
+    (lambda f: (f / "prompt.json").write_text('{"idk": []}'), "idk: a non-empty list belongs here"),
+    (lambda f: (f / "settings.json").write_text("[3]"), "settings.json: an object belongs here"),
 ]
 
 
