@@ -5,7 +5,7 @@ __all__ = ['app', 'Model', 'Data', 'Url', 'data_app', 'Source', 'Harmless', 'Col
            'world', 'unlearn', 'generate', 'check_packing_command', 'judge', 'report', 'demo_command', 'check',
            'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'specificity', 'main']
 
-# %% ../nbs/09_cli.ipynb #cell003
+# %% ../nbs/09_cli.ipynb #cell001
 import json, logging, os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/09_cli.ipynb #cell006
+# %% ../nbs/09_cli.ipynb #cell004
 def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None) -> Path:
     "Generate and judge, by rules and exactly; returns the judged file."
     from safeeraser.generate import generate
@@ -23,12 +23,12 @@ def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None
     judge(folder/"judged.jsonl", "exact", folder/"judged.jsonl")
     return folder/"judged.jsonl"
 
-# %% ../nbs/09_cli.ipynb #cell008
+# %% ../nbs/09_cli.ipynb #cell006
 def _train_base(seed: int, gold: bool):
     from safeeraser.world import base_model, BaseConfig
     base_model(BaseConfig(seed=seed, gold=gold), progress=not gold)
 
-# %% ../nbs/09_cli.ipynb #cell010
+# %% ../nbs/09_cli.ipynb #cell008
 def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     "One line of the table: unlearn (unless `method` is base or gold), generate, judge, count."
     from safeeraser.metrics import report
@@ -43,7 +43,7 @@ def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     judged = _evaluate(model, world/"dataset", folder, adapter)
     return report(judged, judge="exact")["rows"][0] | {"seconds": seconds}
 
-# %% ../nbs/09_cli.ipynb #cell012
+# %% ../nbs/09_cli.ipynb #cell010
 class _Inline:
     "An executor that runs at once, in this process."
     def __enter__(self): return self
@@ -56,7 +56,7 @@ class _Inline:
         except Exception as e: future.set_exception(e)
         return future
 
-# %% ../nbs/09_cli.ipynb #cell016
+# %% ../nbs/09_cli.ipynb #cell014
 def _executor(workers: int | None):
     "Processes with one thread each; on a GPU, or with one worker, this process."
     import multiprocessing, torch
@@ -65,7 +65,7 @@ def _executor(workers: int | None):
     if workers == 1: return _Inline()
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 
-# %% ../nbs/09_cli.ipynb #cell017
+# %% ../nbs/09_cli.ipynb #cell015
 def _quiet_worker():
     import threading, torch
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -81,7 +81,7 @@ def _end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-# %% ../nbs/09_cli.ipynb #cell020
+# %% ../nbs/09_cli.ipynb #cell018
 @contextmanager
 def _cancelling(pool):
     "When something goes wrong, don't start what has not been started."
@@ -90,7 +90,7 @@ def _cancelling(pool):
         pool.shutdown(cancel_futures=True)
         raise
 
-# %% ../nbs/09_cli.ipynb #cell023
+# %% ../nbs/09_cli.ipynb #cell021
 def demo(out: str | Path,                    # folder to fill
          seeds: int = 1,                     # seeds 1 to this
          methods: list[str] | None = None,   # default: the eight presets
@@ -114,7 +114,7 @@ def demo(out: str | Path,                    # folder to fill
     order = [(s, m) for s in numbers for m in methods]
     return _write_results(out, [lines[k] for k in order], [out/f"seed{s}"/m/"judged.jsonl" for s, m in order], list(numbers), methods)
 
-# %% ../nbs/09_cli.ipynb #cell025
+# %% ../nbs/09_cli.ipynb #cell023
 def _demo_settings(rows: list[dict], seeds: list[int], methods: list[str]) -> dict:
     "What `results.json` says about how its numbers came about."
     from safeeraser.judge import agreement
@@ -125,7 +125,7 @@ def _demo_settings(rows: list[dict], seeds: list[int], methods: list[str]) -> di
             "rule_judge_agreement": {q: {"n": a.n, "agree": a.agree, "kappa": a.kappa}
                                      for q in ("refusal", "meaningful") if (a := agreement(rows, "rule", "exact", q))}}
 
-# %% ../nbs/09_cli.ipynb #cell029
+# %% ../nbs/09_cli.ipynb #cell027
 def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str]) -> dict:
     from safeeraser.core import environment, write_whole
     from safeeraser.generate import read_rows, ROW_KEYS, write_rows
@@ -143,7 +143,7 @@ def _write_json(path: Path, value):
     from safeeraser.core import write_whole
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
-# %% ../nbs/09_cli.ipynb #cell031
+# %% ../nbs/09_cli.ipynb #cell029
 def _summary(results: dict) -> str:
     "What a person wants to read at the end."
     from safeeraser.plot import pd_table, results_table
@@ -162,14 +162,14 @@ def _summary(results: dict) -> str:
         parts.append(f"rule judge against exact judge, {q}: agree on {100 * a['agree']:.1f}% of {a['n']} responses (kappa {kappa})")
     return "\n\n".join(parts)
 
-# %% ../nbs/09_cli.ipynb #cell035
+# %% ../nbs/09_cli.ipynb #cell033
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Multimodal safety unlearning: make a vision-language model forget how to answer harmful questions, and measure what else it lost.")
 
 Model = Annotated[str, typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")]
 Data = Annotated[Path, typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")]
 
-# %% ../nbs/09_cli.ipynb #cell037
+# %% ../nbs/09_cli.ipynb #cell035
 @app.command()
 def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (official layout) and OUT/model.")],
           seed: Annotated[int, typer.Option(help="Governs data and model.")] = 0,
@@ -182,7 +182,7 @@ def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (o
     print("held-out families, each with its nearest hazard and their overlap (0 to 1): " +
           ", ".join(f"{f}: {h} {o:.2f}" for f in HELD_OUT_FAMILIES for h, o in [nearest_hazard(f)]))
 
-# %% ../nbs/09_cli.ipynb #cell039
+# %% ../nbs/09_cli.ipynb #cell037
 def _value(text: str):
     "A setting's value as JSON where it is JSON, else as text."
     try: return json.loads(text)
@@ -207,7 +207,7 @@ def _grid(texts: list[str]) -> dict:
         grid[name] = [_value(v.strip()) for v in values.split(",")]
     return grid
 
-# %% ../nbs/09_cli.ipynb #cell043
+# %% ../nbs/09_cli.ipynb #cell041
 @app.command()
 def unlearn(model: Annotated[Optional[str], typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")] = None,
             data: Annotated[Optional[Path], typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")] = None,
@@ -230,7 +230,7 @@ def unlearn(model: Annotated[Optional[str], typer.Option(help="The vanilla model
     print(f"{method}: {record['steps']} steps of {record['effective_batch']} in {record['seconds']:.0f} s"
           + (f"; stopped at step {record['stopped']['step']}: {record['stopped']['reason']}" if record["stopped"] else "") + f"; adapter in {out}")
 
-# %% ../nbs/09_cli.ipynb #cell045
+# %% ../nbs/09_cli.ipynb #cell043
 @app.command()
 def generate(model: Model, data: Data,
              out: Annotated[Path, typer.Option(help="File to write, one response a line. An interrupted run goes on.")],
@@ -250,14 +250,14 @@ def generate(model: Model, data: Data,
     run(model, data, out, adapter, splits and splits.split(","), samples, temperature, top_p, max_new_tokens, batch_size, batch_tokens, seed=seed, server=server)
     print(f"wrote {out}")
 
-# %% ../nbs/09_cli.ipynb #cell047
+# %% ../nbs/09_cli.ipynb #cell045
 @app.command(name="check-packing")
 def check_packing_command(model: Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]):
     "Measure whether questions about one image can share its tokens on a model; say in a line what will be used."
     from safeeraser.engine import packing_report
     for line in packing_report(model): print(line)
 
-# %% ../nbs/09_cli.ipynb #cell049
+# %% ../nbs/09_cli.ipynb #cell047
 Url = Annotated[Optional[str], typer.Option(help="An OpenAI-compatible server, such as http://localhost:8000/v1; its key, if it wants one, is read from OPENAI_API_KEY.")]
 
 
@@ -271,58 +271,90 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
           view: Annotated[str, typer.Option(help="What a model sees: question (with the response) or response (alone, as the published judges).")] = "question",
           data: Annotated[Optional[Path], typer.Option(help="Dataset folder: show a server's model the images too.")] = None,
           at_once: Annotated[int, typer.Option(help="Calls to a server at a time.", min=1)] = 8,
+          max_tokens: Annotated[Optional[int], typer.Option(help="Longest reply of a server's or chat model, its thought included (default 1024).", min=1)] = None,
+          refresh: Annotated[bool, typer.Option("--refresh", help="Ask a model everything anew, whatever it said before.")] = False,
           trust: Annotated[bool, typer.Option("--trust", help="Score even what a judge failed on the known labels; the result says so.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls and tokens a judgement will take; nothing is asked.")] = False,
           calibrate: Annotated[Optional[str], typer.Option(help="Compare judges already in the file with this one: the name of a judge (exact), or a file of labels.")] = None):
-    "Add a judge's verdicts to responses."
-    from safeeraser.core import SafeEraserError
-    from safeeraser.generate import read_rows, write_rows
-    from safeeraser.judge import judge_rows, pick_judge, QUESTIONS
-    rows = read_rows(responses)
-    if calibrate:
-        from safeeraser.calibrate import calibration_text
-        return print(calibration_text(rows, calibrate, out))
-    if judge not in ("server", "guard", "chat"):
-        pick_judge(judge)
-        if out is None: raise SafeEraserError("--out is missing: the file to write")
-        rows, name, trials = judge_rows(rows, judge), judge, {}
-    else:
-        found = _model_judge(judge, model, server, view, data, at_once)
-        if dry_run: return print(_cost(found, rows, server, model))
-        if out is None: raise SafeEraserError("--out is missing: the file to write")
-        from safeeraser.judges import judge_with
-        rows, trials, name = judge_with(found, rows, trust)
-    write_rows(out, rows)
-    print(f"judge: {name}")
-    for q, t in trials.items(): print(f"{q:11} {t}{'' if t.passed else ': scored only because of --trust' if trust else ': scores nothing'}")
-    for q in QUESTIONS:
-        values = [r["verdicts"][name][q]["value"] for r in rows]
-        print(f"{q:11} yes {values.count(True):5}   no {values.count(False):5}   unscored {values.count(None):5}")
+    "Add a judge's verdicts to responses. What a model fails on the known labels stays unscored, and is said; one that can't be asked ends the command with exit code 2."
+    from safeeraser.core import only_here, plain_file
+    from safeeraser.generate import read_rows
+    if calibrate: return print(_calibrated(responses, calibrate, out))
+    _check_judge(judge, out, view, {"model": model, "server": server, "data": data, "max-tokens": max_tokens, "trust": trust, "refresh": refresh, "dry-run": dry_run})
+    build = lambda: _model_judge(judge, model, server, view, data, at_once, max_tokens, refresh, responses)
+    if dry_run: return print(_cost(read_rows(responses), build))
+    with only_here(plain_file(out)): print(_judged(responses, out, judge, build, trust))
 
-# %% ../nbs/09_cli.ipynb #cell050
+# %% ../nbs/09_cli.ipynb #cell048
+_ASKED = {"server": ("model", "server", "data", "max-tokens", "trust", "refresh", "dry-run"), "guard": ("model", "trust", "refresh", "dry-run"),
+          "chat": ("model", "max-tokens", "trust", "refresh", "dry-run")}  # judges that are models, with the options that mean something to them
+
+
+def _check_judge(judge: str, out: Path | None, view: str, given: dict):
+    "Raises `SafeEraserError` where an option is missing, or would do nothing."
+    from safeeraser.core import plain_file, SafeEraserError
+    from safeeraser.judge import pick_judge
+    if judge not in _ASKED: pick_judge(judge)
+    if idle := [o for o, value in given.items() if value and o not in _ASKED.get(judge, ())]: raise SafeEraserError(f"--{idle[0]} does nothing for --judge {judge}; leave it out")
+    if judge in _ASKED:
+        from safeeraser.judges import VIEWS
+        if not given["model"]: raise SafeEraserError(f"--judge {judge} wants --model: which model judges")
+        if judge == "server" and not given["server"]: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
+        if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
+    if out is None and not given["dry-run"]: raise SafeEraserError("--out is missing: the file to write")
+    if out: plain_file(out)
+
+# %% ../nbs/09_cli.ipynb #cell049
 def _replies() -> Path:
     from platformdirs import user_cache_path
     return user_cache_path("safeeraser")/"replies"
 
 
-def _model_judge(kind: str, model: str | None, server: str | None, view: str, data: Path | None, at_once: int):
+def _model_judge(kind: str, model: str, server: str | None, view: str, data: Path | None, at_once: int, max_tokens: int | None, refresh: bool, responses: Path):
     "A judge that is a model."
-    from safeeraser.core import Place, SafeEraserError
+    from safeeraser.core import Place
     from safeeraser.data import resolve_image
-    from safeeraser.judges import local_judge, server_judge
+    from safeeraser.judges import local_judge, MAX_TOKENS, server_judge
     from safeeraser.server import Server
-    if not model: raise SafeEraserError(f"--judge {kind} wants --model: which model judges")
-    if kind != "server": return local_judge(model, kind, view, cache=_replies())
-    if not server: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
-    root = data and data.absolute().parent
-    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, lambda row: resolve_image(root, row["image_id"], "image_id", Place(Path("responses"))))
+    options = {"max_tokens": max_tokens or MAX_TOKENS, "refresh": refresh}
+    if kind != "server": return local_judge(model, kind, view, cache=_replies(), **options)
+    image = lambda row: resolve_image(data.absolute().parent, row["image_id"], "image_id", Place(responses))
+    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, image, **options)
 
 
-def _cost(judge, rows: list[dict], url: str | None, model: str) -> str:
-    from safeeraser.judges import calls_of
-    from safeeraser.server import estimate, Server
-    cost = estimate([c for *_, c in calls_of(rows, judge)], Server(url, model, cache=_replies()) if url else None)
-    return (f"{judge.name}: {cost['calls']} calls ({cost['kept']} more are known from before), about {cost['tokens_in']:,} tokens in and at most {cost['tokens_out_at_most']:,} out")
+def _cost(rows: list[dict], build) -> str:
+    "What a judgement will take, in a line."
+    from safeeraser.judges import calls_of, left_to_ask
+    from safeeraser.server import estimate
+    judge = build()
+    left, known = left_to_ask(judge, rows)
+    cost = estimate(left + known)
+    return (f"{judge.name}: {len(left)} calls ({len(calls_of(rows, judge)) - len(left)} more are known from before) and {len(known)} on known labels, "
+            f"about {cost['tokens_in']:,} tokens in and at most {cost['tokens_out_at_most']:,} out")
+
+# %% ../nbs/09_cli.ipynb #cell050
+def _judged(responses: Path, out: Path, judge: str, build, trust: bool) -> str:
+    "Judge a file, write it, and say what came out."
+    from safeeraser.generate import read_rows, write_rows
+    from safeeraser.judge import judge_rows, QUESTIONS
+    rows = read_rows(responses)
+    if judge in _ASKED:
+        from safeeraser.judges import judge_with
+        rows, trials, name = judge_with(build(), rows, trust)
+    else: rows, trials, name = judge_rows(rows, judge), {}, judge
+    write_rows(out, rows)
+    fate = lambda t: "" if t.passed else ": scored only because of --trust" if trust else ": scores nothing"
+    lines = [f"judge: {name}", *(f"{q:11} {t}{fate(t)}" + "".join(f"\n{'':11} it replied {s}" for s in t.said if not t.passed) for q, t in trials.items())]
+    if trials and all(t.kept for t in trials.values()): lines.append("known labels as it replied to them before; --refresh asks all anew")
+    if missing := sum(r["response"] is None for r in rows): lines.append(f"{missing} of {len(rows)} questions got no answer: unscored")
+    values = {q: [r["verdicts"][name][q]["value"] for r in rows] for q in QUESTIONS}
+    return "\n".join(lines + [f"{q:11} yes {v.count(True):5}   no {v.count(False):5}   unscored {v.count(None):5}" for q, v in values.items()])
+
+
+def _calibrated(responses: Path, against: str, out: Path | None) -> str:
+    from safeeraser.calibrate import calibration_text
+    from safeeraser.generate import read_rows
+    return calibration_text(read_rows(responses), against, out)
 
 # %% ../nbs/09_cli.ipynb #cell052
 @app.command()

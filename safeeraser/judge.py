@@ -119,9 +119,9 @@ def pick_judge(name: str) -> Callable[[dict], dict]:
 
 
 def judge_rows(rows: list[dict], name: str) -> list[dict]:
-    "The rows with the verdicts of one more judge."
-    decide = pick_judge(name)
-    return [row | {"verdicts": row["verdicts"] | {name: decide(row)}} for row in rows]
+    "The rows with the verdicts of one more judge; a response that is missing (null) stays unscored."
+    decide, missing = pick_judge(name), {q: verdict(None, "no answer") for q in QUESTIONS}
+    return [row | {"verdicts": row["verdicts"] | {name: missing if row["response"] is None else decide(row)}} for row in rows]
 
 
 def judge(responses: str | Path,     # a file written by `generate`

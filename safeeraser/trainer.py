@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from typing_extensions import TypedDict
 
 from .core import cpu_threads, environment, lines_of, only_here, out_of_memory, progress_bar, read_json, read_text, SafeEraserError, told, write_whole
-from .data import Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
+from .data import check_rows_fit, Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import CannotPack, check_packing, packed_log_probs, PackedCollator, Packer, Verdict
 from .cache import ReferenceCache, VisionCache
@@ -32,7 +32,7 @@ from .processors import copy_processor
 from .runs import read_run
 from .settings import check_settings, make_config, UnlearnConfig
 
-# %% ../nbs/04_trainer.ipynb #cell010
+# %% ../nbs/04_trainer.ipynb #cell008
 @dataclass
 class Predictions:
     "What a pass says about label tokens, flat over rows."
@@ -60,7 +60,7 @@ def predict(model, batch: dict, route: str | None = None) -> Predictions:
     logits = model(**{k: v for k, v in batch.items() if k not in _OWN}, use_cache=False, logits_to_keep=columns).logits
     return Predictions(log_softmax(logits[row, where].float(), dim=-1), labels[row, column + 1], batch["kind"][row], batch["item"][row])
 
-# %% ../nbs/04_trainer.ipynb #cell012
+# %% ../nbs/04_trainer.ipynb #cell010
 def rows_of(batch: dict, kinds: tuple[str, ...]) -> dict:
     "A plain batch's rows of some kinds, one at least, since ranks wait for each other's passes; all rows where an input has no entry a row."
     inputs = {k: v for k, v in batch.items() if k != "n_items"}
@@ -78,7 +78,7 @@ def ask_vanilla(model, batch: dict, objective: Objective, route: str | None = No
     if route and kept: return packed_predictions(kept.log_probs(model, asked, route), asked)
     with torch.no_grad(), vanilla(model) as reference: return predict(reference, asked, route)
 
-# %% ../nbs/04_trainer.ipynb #cell013
+# %% ../nbs/04_trainer.ipynb #cell011
 def batch_tokens(model, batch: dict, objective: Objective,
                  route: str | None = None,             # of `safeeraser.packing`, for a packed batch
                  kept: ReferenceCache | None = None    # what the vanilla model said before
@@ -95,12 +95,12 @@ def batch_tokens(model, batch: dict, objective: Objective,
                       own if whole else None, ref if whole else None)
     return {name: tokens(name) for name in objective.kinds}
 
-# %% ../nbs/04_trainer.ipynb #cell018
+# %% ../nbs/04_trainer.ipynb #cell016
 def context_length(model) -> int | None:
     "Longest row the language model was built for, in tokens."
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-# %% ../nbs/04_trainer.ipynb #cell020
+# %% ../nbs/04_trainer.ipynb #cell018
 def choose_packing(model, args: UnlearnConfig, encoder: Encoder, dataset: SlotDataset) -> Verdict:
     "How rows will be packed; raises `SafeEraserError` where a route that was asked for by name is not exact."
     if args.packing == "off": return Verdict(None, "switched off")
@@ -125,14 +125,14 @@ def check_rows(dataset: SlotDataset) -> list[Row]:
     about = lambda items: [i for i, item in enumerate(items) if item.image == sets.forget[0].image][:3]
     return [r for n, k in enumerate(about(sets.forget)) for r in dataset[Slot(k, tuple(about(sets.retain)) if n == 0 else ())]]
 
-# %% ../nbs/04_trainer.ipynb #cell022
+# %% ../nbs/04_trainer.ipynb #cell020
 def mostly_image(encoder: Encoder, rows: list[Row]) -> bool:
     "Whether two thirds of a row's tokens, or more, are in front of what differs between questions about one image."
     packed = Packer(encoder).pack(rows)
     prefix, own = sum(r.lengths[0] * len(r.items) for r in packed), sum(sum(r.lengths[1:]) for r in packed)
     return prefix >= 2 * own
 
-# %% ../nbs/04_trainer.ipynb #cell024
+# %% ../nbs/04_trainer.ipynb #cell022
 def one_batch_a_step(args: UnlearnConfig) -> UnlearnConfig:
     "The settings with accumulation folded into the batch size: the same items a step."
     args = copy.copy(args)
@@ -145,7 +145,7 @@ def silent(batch: dict) -> dict:
     reference = batch["reference"] and silent(batch["reference"])
     return batch | {"labels": torch.full_like(batch["labels"], -100), "n_items": torch.zeros_like(batch["n_items"]), "reference": reference}
 
-# %% ../nbs/04_trainer.ipynb #cell036
+# %% ../nbs/04_trainer.ipynb #cell024
 COMPLETE = "complete"  # a checkpoint that was written to its end has this file; it says how far the run was
 
 
@@ -191,10 +191,10 @@ class UnlearnTrainer(Trainer):
         if not sets.forget: raise SafeEraserError("the data has no unsafe question; there is nothing to forget")
         _check_stop(args, self.objective)
         encoder = Encoder(processor, args.max_length or context_length(model))
-        encoder.check_longest([r for k in range(len(sets.forget)) for r in SlotDataset(sets, refusals)[k]])
         self.shares, self.n_steps, self.forget_ce, self.stopped = {}, 0, torch.zeros(()), None
         self.before, self.began = 0.0, time.perf_counter()  # seconds of earlier legs, start of this one
         dataset = SlotDataset(sets, refusals, self.objective.kinds)
+        check_rows_fit(encoder, dataset)
         self.packing = choose_packing(model, args, encoder, dataset)
         self.grouped = bool(self.packing.route) and (mostly_image(encoder, check_rows(dataset)) if args.group_images is None else args.group_images)
         collator = Collator(encoder)
@@ -320,7 +320,7 @@ class UnlearnTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-# %% ../nbs/04_trainer.ipynb #1fe601a9
+# %% ../nbs/04_trainer.ipynb #cell027
 def _check_stop(args: UnlearnConfig, objective: Objective):
     "Raise `SafeEraserError` where a stopping rule looks at rows that the objective never reads."
     if args.stop_forget_ce is not None and "forget" not in objective.kinds:
@@ -332,7 +332,7 @@ def _step_of(line: str) -> float:
     try: return json.loads(line)["step"]
     except ValueError: return float("inf")
 
-# %% ../nbs/04_trainer.ipynb #cell028
+# %% ../nbs/04_trainer.ipynb #cell029
 class Guard(TrainerCallback):
     "Ends training before an update that should not be made."
     def __init__(self, trainer: UnlearnTrainer): self.trainer = trainer
@@ -350,7 +350,7 @@ class Guard(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)  # an optimizer passes over weights that have no gradient
             control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell029
+# %% ../nbs/04_trainer.ipynb #cell030
 class ProgressBar(TrainerCallback):
     "One bar a run, with the terms beside it instead of a line for every log."
     bar = None
@@ -370,7 +370,7 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/04_trainer.ipynb #cell031
+# %% ../nbs/04_trainer.ipynb #cell032
 class GracefulStop(TrainerCallback):
     "Turns an interrupt into: finish this step, write a checkpoint, stop."
     def __init__(self): self.asked = False
@@ -392,7 +392,7 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #c69143cb
+# %% ../nbs/04_trainer.ipynb #cell037
 def recommended_settings(data: str | Path, objective: Objective) -> dict:
     "What the data set's `settings.json` recommends for the objective's forget term."
     forget = next((n for n in objective.terms if n in FORGET), None)
@@ -456,7 +456,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     told_settings = {"method": method, "disable_tqdm": not progress} | settings
     _check_stop(make_config(out/"checkpoints", **told_settings), objective)
     record = {"schema_version": 1, "method": method, "objective": objective.weights, "model": str(model), "data": str(data), "settings": settings}
-    before, refusals = _earlier_run(out, record), load_refusals(data)
+    before, refusals = _earlier_run(out, record), load_refusals(data, "refusal" in objective.kinds)
     with cpu_threads(settings.get("threads", UnlearnConfig.threads)):
         net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None, four_bit=settings.get("tuning") == "qlora")
         record |= {"model_fingerprint": model_fingerprint(net), "refusals_digest": _digest(refusals)}
@@ -480,7 +480,7 @@ def _memory_settings(args: UnlearnConfig) -> str:
     return (f"pack_row_tokens (now {args.pack_row_tokens}) or, where rows are not packed, per_device_train_batch_size "
             f"(now {args.per_device_train_batch_size}; raise gradient_accumulation_steps to match), or set gradient_checkpointing=true")
 
-# %% ../nbs/04_trainer.ipynb #a4df9c20
+# %% ../nbs/04_trainer.ipynb #cell047
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     from safeeraser.runs import write_card
     first, stop = trainer.is_world_process_zero(), GracefulStop()
@@ -513,7 +513,7 @@ def _check_finite(trainer: UnlearnTrainer, out: Path):
         raise SafeEraserError(f"{out}: after step {trainer.state.global_step} the weights of {name} hold NaN or infinity, so this run is not finished; "
                               f"lower learning_rate (now {trainer.args.learning_rate:g}) and name another --out folder")
 
-# %% ../nbs/04_trainer.ipynb #cell047
+# %% ../nbs/04_trainer.ipynb #cell048
 def save_trained(trained,           # a PEFT model, or one trained whole
                  out: Path,         # folder
                  source: str,       # where the vanilla model came from
@@ -536,7 +536,7 @@ def save_model(model: torch.nn.Module, out: Path, source: str | Path, identity: 
     copy_processor(source, out)
     (out/"safeeraser.json").write_text(json.dumps(identity, indent=1) + "\n")
 
-# %% ../nbs/04_trainer.ipynb #cell048
+# %% ../nbs/04_trainer.ipynb #cell049
 _RUN_KEYS = ("method", "objective", "model", "data", "settings")
 
 
@@ -565,5 +565,5 @@ def _unchanged(before: dict, record: dict, out: Path) -> dict:
 
 def _digest(refusals: list[str]) -> str: return hashlib.blake2b(json.dumps(refusals).encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/04_trainer.ipynb #cell049
+# %% ../nbs/04_trainer.ipynb #cell050
 def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")

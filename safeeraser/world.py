@@ -25,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import cpu_threads, new_folder, only_here, progress_bar, read_json, SafeEraserError, told, write_whole
-from .data import count_answer_tokens, render_answered, word_processor
+from .data import ChatTemplate, count_answer_tokens, render_answered, tokens_of, word_processor
 from .model import quiet_bars
 
 # %% ../nbs/01_world.ipynb #cell006
@@ -438,12 +438,12 @@ def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gol
 class TextBatcher:
     "Questions and answers to right-padded ids and labels, image tokens in place; texts are tokenized once."
     def __init__(self, processor, image_tokens: int):
-        self.processor, self.image_tokens, self.ids = processor, image_tokens, lru_cache(maxsize=None)(self.ids)
+        self.processor, self.template, self.image_tokens, self.ids = processor, ChatTemplate(processor), image_tokens, lru_cache(maxsize=None)(self.ids)
 
     def ids(self, question: str, answer: str) -> tuple[list[int], int]:
-        tok, (prompt, tail) = self.processor.tokenizer, render_answered(self.processor, question, answer)
-        text = (prompt + tail).replace("<image>", "<image>" * self.image_tokens)
-        return tok(text, add_special_tokens=False).input_ids, count_answer_tokens(tok, prompt, tail)
+        tok, (prompt, tail) = self.processor.tokenizer, self.template.answered(question, answer)
+        asked, said = tokens_of(tok, prompt.replace("<image>", "<image>" * self.image_tokens), tail, self.template.end)
+        return asked + said, len(said)
 
     def __call__(self, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [self.ids(*p) for p in pairs]

@@ -100,7 +100,7 @@ def test_an_image_placeholder_in_a_text_is_refused(image):
 def test_over_long_rows_are_refused_not_cut(image):
     encoder = Encoder(processor(bytes_tokenizer(), TEMPLATES["llava-1.5"][0]), max_length=20)
     with pytest.raises(SafeEraserError, match="a.png.*more than max_length=20"):
-        encoder.check_longest([Row("forget", item(image), "x" * n) for n in (1, 100)])
+        encoder.rows([Row("forget", item(image), "x" * n) for n in (1, 100)])
 
 
 def test_a_template_that_rewrites_answers_is_refused(image):
