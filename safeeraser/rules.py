@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['words_of', 'opens_with_refusal', 'find_repetition', 'find_noise', 'find_salad', 'unknown_language', 'find_gibberish']
 
-# %% ../nbs/26_rules.ipynb #778d1a45
+# %% ../nbs/26_rules.ipynb #cell003
 import re, unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import regex
 
 from .phrases import Phrases, PHRASES
 
-# %% ../nbs/26_rules.ipynb #a1f3d282
+# %% ../nbs/26_rules.ipynb #cell006
 _NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _WORD = regex.compile(rf"(?V1)[{_NO_SPACES}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_NO_SPACES}]]+")
 
@@ -26,7 +26,7 @@ def words_of(text: str) -> list[str]:
     text = text.lower()
     return re.findall("[a-z0-9]+", text) if text.isascii() else _WORD.findall(unicodedata.normalize("NFC", text))
 
-# %% ../nbs/26_rules.ipynb #b808a9c2
+# %% ../nbs/26_rules.ipynb #cell010
 _GAP = re.compile(r"[\W_]*")
 _CLAUSE = re.compile(r"[.,;:!?…。，；：！？、\n—–]| - | (?:but|and|so|pero|aber|und|mais|et|но) ")
 _SENTENCE = re.compile(r"[.!?。！？\n]")
@@ -45,7 +45,7 @@ def _starts(opening: str, known: Phrases) -> Iterator[int]:
         elif at < until and (clause := _CLAUSE.search(opening, at)): at = clause.end()
         else: return
 
-# %% ../nbs/26_rules.ipynb #af412690
+# %% ../nbs/26_rules.ipynb #cell011
 def _clauses(opening: str) -> list[int]:
     "Where the clauses of the first two sentences begin."
     ends = [m.end() for m in _SENTENCE.finditer(opening)]
@@ -53,45 +53,57 @@ def _clauses(opening: str) -> list[int]:
     return [_GAP.match(opening, at).end() for at in starts]
 
 
-def _refusal(opening: str, known: Phrases) -> str | None:
+def _refusal(opening: str, clauses: list[int], known: Phrases) -> str | None:
     found = next((m for at in _starts(opening, known) if (m := known.refusals.match(opening, at))), None)
-    found = found or next((m for at in _clauses(opening) if (m := known.plain.match(opening, at))), None)
+    found = found or next((m for at in clauses if (m := known.plain.match(opening, at))), None)
     if not found: return None
     end = _ENDS.search(opening, found.end())
     taken_back = known.but.search(opening, found.end(), end.start() if end else len(opening))
     return None if taken_back else found[0].strip()
 
-# %% ../nbs/26_rules.ipynb #ef6accf1
-_OPENING = 1000  # characters looked at
+# %% ../nbs/26_rules.ipynb #cell012
+_ENGLISH = re.compile(r"\b(?:the|this|that|with|you|your|are|and|from|which|they|there|have|cannot|what|it)\b")
+_NOT_ASCII = {"zh", "ru"}  # languages without a phrase in ASCII
+_OPENING = 1000            # characters looked at
+
+
+def _is_english(text: str) -> bool: return len(set(_ENGLISH.findall(text[:200]))) >= 2  # two words that no neighbour has
+
+
+def _tried(opening: str) -> list[str]:
+    "The languages whose phrases are worth trying."
+    if _is_english(opening): return ["en"]
+    return [code for code in PHRASES if code not in _NOT_ASCII or not opening.isascii()]
 
 
 def opens_with_refusal(response: str) -> str | None:
     "The refusing words that the response opens with, in one of the languages of `PHRASES`; or None."
-    opening = re.sub(r"[^\S\n]+", " ", response[:_OPENING].lower().replace("’", "'"))
-    return next((words for known in PHRASES.values() if (words := _refusal(opening, known))), None)
+    opening = "\n".join(" ".join(line.split()) for line in response[:_OPENING].lower().replace("’", "'").split("\n"))
+    clauses = _clauses(opening)
+    return next((words for code in _tried(opening) if (words := _refusal(opening, clauses, PHRASES[code]))), None)
 
-# %% ../nbs/26_rules.ipynb #2e1ff2d0
+# %% ../nbs/26_rules.ipynb #cell016
 _WINDOW = 160  # words among which many must differ; in a long text few new ones come
 
 
 def _repeats(words: list[str]) -> str | None:
-    for word, run in groupby(words):
-        if (times := len(list(run))) >= 4: return f"repeats {word!r} {times} times in a row"
-    for n in (2, 3, 4):
-        grams = Counter(zip(*(words[i:] for i in range(n))))
-        gram, times = max(grams.items(), key=lambda g: g[1], default=((), 0))
+    if any(a == b == c == d for a, b, c, d in zip(words, words[1:], words[2:], words[3:])):
+        times, word = max((len(list(run)), word) for word, run in groupby(words))
+        return f"repeats {word!r} {times} times in a row"
+    counts = Counter(words)
+    often, differ = max(counts.values()), len(counts)
+    for n in (n for n in (2, 3, 4) if often >= 3 and often * n > len(words) / 2):  # no phrase is more frequent than its words
+        [(gram, times)] = Counter(zip(*(words[i:] for i in range(n)))).most_common(1) or [((), 0)]
         if times >= 3 and times * n > len(words) / 2: return f"repeats {' '.join(gram)!r} {times} times"
-    differ = len(set(words))
     few = len(words) >= 12 and differ < min(len(words), _WINDOW) / 4
     return f"only {differ} different words among {len(words)}" if few else None
 
-# %% ../nbs/26_rules.ipynb #346574c1
+# %% ../nbs/26_rules.ipynb #cell017
 _SYLLABLE = re.compile(r"([^\W\d_]{1,4}?)\1{7,}")
 
 
-def _signs(response: str) -> str | None:
-    syllable = _SYLLABLE.search(response)
-    if syllable and len(syllable[0]) > len(response) / 2: return f"repeats {syllable[1]!r}"
+def _signs(response: str, words: list[str]) -> str | None:
+    if 2 * max(map(len, words)) > len(response) and (syllable := _SYLLABLE.search(response)): return f"repeats {syllable[1]!r}"
     if response.isascii(): signs = len(re.sub(r"[\w\s]+", "", response)) + response.count("_")
     else: signs = sum(unicodedata.category(c)[0] in "PS" for c in response)
     return "more signs than letters" if signs > len(response) / 2 else None
@@ -100,38 +112,46 @@ def _signs(response: str) -> str | None:
 def find_repetition(response: str) -> str | None:
     "What makes the response gibberish in any language: no words, the same again and again, mostly signs; or None."
     words = words_of(response.replace("_", ""))
-    return (_repeats(words) if words else "no words") or _signs(response)
+    return (_repeats(words) or _signs(response, words)) if words else "no words"
 
-# %% ../nbs/26_rules.ipynb #45f61789
+# %% ../nbs/26_rules.ipynb #cell019
 _VOWEL = re.compile("[aeiouyæøœаеёиоуыэюя]")
 _NO_WORD = re.compile(r"[^aeiouyæøœаеёиоуыэюя\d]{6}|(.)\1{3}")
 _LETTER = re.compile("[a-zæøœßа-яё]")
 
 
+@lru_cache(maxsize=2**16)
+def _odd(word: str) -> bool | None:
+    "Whether the word is none; None where it isn't written in letters that we know."
+    return not _VOWEL.search(word) or bool(_NO_WORD.search(word)) if _LETTER.search(word) else None
+
+
 def find_noise(response: str) -> str | None:
     "What makes the letters no words, in the Latin and the Cyrillic alphabet; or None."
-    bare = "".join(c for c in unicodedata.normalize("NFD", response.lower()) if not unicodedata.combining(c))
-    words = [w for w in re.findall(r"\w+", bare) if _LETTER.search(w)]
+    bare = response.lower()
+    if not bare.isascii(): bare = "".join(c for c in unicodedata.normalize("NFD", bare) if not unicodedata.combining(c))
+    words = [w for w in re.findall(r"\w+", bare) if _odd(w) is not None]
+    if not any(map(_odd, words)): return None
     long = [w for w in words if len(w) > 3 and w.isalpha()]
     for among, at_most, share in ((long, 1, 1 / 3), (words, 4, 2 / 3)):  # short words may be abbreviations
-        odd = [w for w in among if not _VOWEL.search(w) or _NO_WORD.search(w)]
+        odd = [w for w in among if _odd(w)]
         if len(odd) > max(at_most, share * len(among)): return f"words that are none, such as {odd[0]!r}"
     return None
 
-# %% ../nbs/26_rules.ipynb #101ec9e8
-_LINKS = set("the a an of to and in is for with on at by from that because was were as it this or but very".split())
-_NEVER_AFTER_ARTICLE = set("of to and in is for on at by from because was were the a an or but under".split())
+# %% ../nbs/26_rules.ipynb #cell020
+_ASTRAY = re.compile(r"\b(?:the|an?) (?=(?:of|to|and|in|is|for|on|at|by|from|because|was|were|the|an?|or|but|under)\b)")
+_LINK = re.compile(r"\b(?:the|an?|of|to|and|in|is|on|at)\b")
 
 
 def find_salad(response: str) -> str | None:
     "What makes English words no sentence; or None."
-    words = words_of(response)
-    astray = [w for article, w in zip(words, words[1:]) if article in ("the", "a", "an") and w in _NEVER_AFTER_ARTICLE]
-    if len(astray) >= 2 and len(words) >= 8 and len(astray) > len(words) / 10: return f"no sentence: an article before {astray[0]!r}"
-    loose = len(words) >= 10 and sum(w in _LINKS for w in words) < len(words) / 10 and not re.search(r"[^\w\s.]", response)
-    return "no sentence: nothing links the words" if loose and _ranked(response)[0][0] == "en" else None
+    text = " ".join(response.lower().split())
+    spaces, astray = text.count(" "), len(_ASTRAY.findall(text))
+    if spaces >= 7 and astray > max(1, spaces / 10): return f"no sentence: {astray} articles with no word of theirs"
+    loose = spaces >= 9 and not _is_english(text) and not re.search(r"[^\w\s.]", text)
+    return "no sentence: nothing links the words" if loose and _ranked(text)[0][0] == "en" and not _LINK.search(text) else None
 
-# %% ../nbs/26_rules.ipynb #09bc7be5
+# %% ../nbs/26_rules.ipynb #cell022
 # What py3langid takes short English, French, Spanish, German or Chinese for, and what no model answers in; `zxx` is no language at all.
 _UNHEARD = set("zxx pcm wuu yue ext an wa kab gcr gcf lij vec vo eo la ltg lb guw fuv bcl ace gug hbo grc".split())
 
@@ -144,23 +164,25 @@ def _identifier():
     return found
 
 
-def _ranked(text: str) -> list[tuple[str, float]]: return _identifier().rank(text[:500])
+def _ranked(text: str) -> list[tuple[str, float]]: return _identifier().rank(text[:120])
 
-# %% ../nbs/26_rules.ipynb #4c9ddea3
+# %% ../nbs/26_rules.ipynb #cell023
 _NOT_RUSSIAN = re.compile(  # letters of other Cyrillic alphabets, and Bulgarian and Ukrainian words in letters that Russian has too
     r"[іїєґўјљњћђџќѓѕәғқңөұүһ]|\b(?:е|са|се|съм|сте|това|този|тази|ще|към|като|със|във|няма|беше|але|можу|що|це|або|дуже|якщо)\b")
 
 
 def _latin(text: str) -> str | None:
-    if len(re.findall("[a-z]", text)) < 12 and text.isascii(): return None
+    if _is_english(text) or text.isascii() and len(re.findall("[a-z]", text)) < 12: return None
     ranked = _ranked(text)
     (best, p), known = next(r for r in ranked if r[0] not in PHRASES), sum(p for code, p in ranked if code in PHRASES)
     return best if p > .3 and p > 10 * known else None
 
-# %% ../nbs/26_rules.ipynb #01dde1fd
+# %% ../nbs/26_rules.ipynb #cell024
+@lru_cache(maxsize=2**16)
 def unknown_language(response: str) -> str | None:
     "What shows that the response is in a language that the rules don't know, a script or a language's code; or None."
-    text = response[:500].lower()
+    text = response[:200].lower()
+    if text.isascii(): return _latin(text)
     scripts = Counter(unicodedata.name(c, "?").split()[0].lower() for c in text if c.isalpha())
     if not scripts: return None
     if 4 * (scripts["hiragana"] + scripts["katakana"]) > scripts["cjk"]: scripts["japanese"] = len(text)
@@ -168,7 +190,7 @@ def unknown_language(response: str) -> str | None:
     if script == "cyrillic": return "Cyrillic letters or words that Russian lacks" if _NOT_RUSSIAN.search(text) else None
     return _latin(text) if script == "latin" else None if script == "cjk" else f"{script} script"
 
-# %% ../nbs/26_rules.ipynb #9be02e86
+# %% ../nbs/26_rules.ipynb #cell028
 def find_gibberish(response: str) -> str | None:
     "What makes the response gibberish; None where nothing does, or where the rules don't know its language."
     if found := find_repetition(response): return found
