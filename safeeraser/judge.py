@@ -37,7 +37,8 @@ _THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/think\]|â
 
 def answer_of(row: dict  # `response` and, where a server gave one, `finish_reason`
               ) -> str | None:
-    "The answer in a response, its thoughts left out; None where the model was stopped before it answered."
+    "The answer in a response, its thoughts left out; None where it gave none, or was stopped before it answered."
+    if row["response"] is None: return None
     ends = [end.end() for end in _THOUGHT_END.finditer(row["response"])]
     answer = row["response"][ends[-1] if ends else 0:].strip()
     stopped = not answer and row.get("finish_reason") in ("length", "content_filter")
@@ -149,9 +150,9 @@ def judge_rows(rows: list[dict], name: str,
                file: str | Path = "responses"  # where they come from, for messages
                ) -> list[dict]:
     "The rows with the verdicts of one more judge; raises `SafeEraserError` where one cannot be judged."
-    decide, missing = pick_judge(name), {q: verdict(None, "no answer") for q in QUESTIONS}
+    decide = pick_judge(name)
     _check_rows(rows, name, Path(file))
-    return [row | {"verdicts": row["verdicts"] | {name: missing if row["response"] is None else decide(row)}} for row in rows]
+    return [row | {"verdicts": row["verdicts"] | {name: decide(row)}} for row in rows]
 
 
 def judge(responses: str | Path,     # a file written by `generate`

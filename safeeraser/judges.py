@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import first_line, out_of_memory, progress_bar, SafeEraserError, told
+from .core import out_of_memory, progress_bar, SafeEraserError, told
 from .data import load_image
 from .judge import verdict
 from .server import ask_all, Call, Reply, ReplyCache, replies_of, Server

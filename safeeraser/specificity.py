@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
-from .core import check_form, lines_of, only_here, parse_json, Place, read_json, read_text, SafeEraserError, write_whole
+from .core import lines_of, only_here, parse_json, Place, read_json, read_text, SafeEraserError, write_whole
 from .generate import SCHEMA_VERSION
-from .metrics import Positive, Share
 from .runs import read_record
 
 # %% ../nbs/22_specificity.ipynb #cell006
