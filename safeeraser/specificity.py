@@ -12,10 +12,8 @@ import json, os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
-
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
-
 from .core import lines_of, only_here, parse_json, Place, read_json, read_text, SafeEraserError, write_whole
 from .generate import SCHEMA_VERSION
 from .runs import read_record
@@ -33,7 +31,7 @@ BENCHMARKS = {"gqa": Benchmark("GQA", "exact_match"), "vizwiz_vqa_val": Benchmar
               "vqav2_val": Benchmark("VQAv2", "exact_match"), "pope": Benchmark("POPE", "pope_accuracy"), "mmvet": Benchmark("MM-Vet", "gpt_eval_score", 100),
               "mmbench_en_dev": Benchmark("MMBench", "gpt_eval_score", 100)}
 
-# %% ../nbs/22_specificity.ipynb #97d6fdd9
+# %% ../nbs/22_specificity.ipynb #cell011
 Whole = Annotated[int, Field(gt=0)]
 CountsForm = TypedDict("CountsForm", {"original": Whole, "effective": Whole})
 ResultsForm = TypedDict("ResultsForm", {"results": dict[str, dict[str, Any]], "n-samples": Annotated[dict[str, CountsForm], Field(min_length=1)],
@@ -42,7 +40,7 @@ SampleForm = TypedDict("SampleForm", {"token_counts": NotRequired[list[Any] | No
 for form in (CountsForm, ResultsForm, SampleForm): form.__pydantic_config__ = ConfigDict(extra="allow")
 RESULTS, SAMPLE = TypeAdapter(ResultsForm), TypeAdapter(SampleForm)
 
-# %% ../nbs/22_specificity.ipynb #cell011
+# %% ../nbs/22_specificity.ipynb #cell013
 def _score(file: Path, task: str, results: dict) -> float:
     "A task's score from 0 to 1."
     known, higher = BENCHMARKS.get(task), results.get("higher_is_better", {}).get(task, {})
@@ -54,13 +52,13 @@ def _score(file: Path, task: str, results: dict) -> float:
     if score is None or not 0 <= score <= 1: raise SafeEraserError(f"{file}, {task}: {names[0]} is {value!r}; a number from 0 to {known.top if known else 1:g} belongs here")
     return score
 
-# %% ../nbs/22_specificity.ipynb #cell013
+# %% ../nbs/22_specificity.ipynb #cell015
 def _failed(samples: Path) -> int:
     "How many of a task's answers are failures."
     lines = [parse_json(line, Place(samples, line=n), SAMPLE) for n, line in lines_of(read_text(samples))]
     return sum(any(c is None for c in line.get("token_counts") or []) for line in lines)
 
-# %% ../nbs/22_specificity.ipynb #cell014
+# %% ../nbs/22_specificity.ipynb #cell016
 def read_lmms(file: str | Path   # a `*_results.json` of lmms-eval, with its samples beside it
               ) -> dict[str, dict]:
     "Score (0 to 1), questions answered and questions there are, a task; raises `SafeEraserError` naming file and task."
@@ -73,7 +71,7 @@ def read_lmms(file: str | Path   # a `*_results.json` of lmms-eval, with its sam
         found[task] = {"score": _score(file, task, results), "n": counts["effective"], "of": counts["original"]}
     return found
 
-# %% ../nbs/22_specificity.ipynb #cell017
+# %% ../nbs/22_specificity.ipynb #cell019
 def lmms_command(model: Path, tasks: list[str], out: Path,
                  python: str,                   # of the environment that has lmms-eval
                  kind: str = "llava_hf",        # lmms-eval's name for the model's family
@@ -87,7 +85,7 @@ def lmms_command(model: Path, tasks: list[str], out: Path,
     return [python, "-m", "lmms_eval", "--model", kind, "--model_args", f"pretrained={model},device_map={device}", "--tasks", ",".join(tasks),
             "--device", device, "--batch_size", "1", "--output_path", str(out), "--log_samples", *more]
 
-# %% ../nbs/22_specificity.ipynb #cell019
+# %% ../nbs/22_specificity.ipynb #cell021
 _INSTALL = ("make an environment for it (python -m venv lmms; lmms/bin/pip install torch lmms-eval decord) and name its Python: --python lmms/bin/python")
 
 
@@ -143,7 +141,7 @@ def specificity(model: str | Path,          # a merged model's folder
     write_whole(run/"specificity.json", json.dumps(found, indent=1) + "\n")
     return found
 
-# %% ../nbs/22_specificity.ipynb #cell024
+# %% ../nbs/22_specificity.ipynb #cell026
 class TaskForm(TypedDict):
     "What a run scored on a benchmark."
     score: Annotated[float, Field(ge=0, le=1)]
@@ -180,11 +178,14 @@ def shared_tasks(found: list[dict]) -> list[str]:
 def specificity_row(found: dict, tasks: list[str]) -> dict:
     "The mean score over `tasks`, as part of a line of results."
     scores, sizes = ([found[t][k] for t in tasks] for k in ("score", "n"))
-    mean = sum(scores) / len(tasks)
-    half = 1.96 * sum(s * (1 - s) / n for s, n in zip(scores, sizes)) ** .5 / len(tasks)
-    return {"specificity": mean, "specificity_n": sum(sizes), "specificity_lo": max(0., mean - half), "specificity_hi": min(1., mean + half), "specificity_unscored": 0}
+    counts = [n + 4 for n in sizes]  # two right and two wrong more, as Agresti and Coull count
+    shares = [(s * n + 2) / more for s, n, more in zip(scores, sizes, counts)]
+    middle = sum(shares) / len(tasks)
+    half = 1.96 * sum(s * (1 - s) / more for s, more in zip(shares, counts)) ** .5 / len(tasks)
+    return {"specificity": sum(scores) / len(tasks), "specificity_n": sum(sizes), "specificity_lo": max(0., middle - half), "specificity_hi": min(1., middle + half),
+            "specificity_unscored": 0}
 
-# %% ../nbs/22_specificity.ipynb #cell026
+# %% ../nbs/22_specificity.ipynb #cell028
 def specificity_text(found: dict[str, dict]) -> str:
     "One sentence for people: what the mean is of, and which of the seven are missing."
     part = lambda t: f"{BENCHMARKS[t].title if t in BENCHMARKS else t}" + (f" (first {found[t]['n']} of {found[t]['of']})" if found[t]["n"] < found[t]["of"] else "")
