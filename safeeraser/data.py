@@ -9,9 +9,9 @@ __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'NonEmpty', 'PairForm', 'HarmlessForm'
            'check_partners', 'RefusalsForm', 'load_refusals', 'GenerateForm', 'SettingsForm', 'settings_of', 'Item',
            'Sets', 'build_sets', 'load_sets', 'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset',
            'Writer', 'ChatTemplate', 'common_prefix', 'tokens_of', 'word_processor', 'control_tokens', 'disarmed',
-           'fit_for_rows', 'Text', 'Texts', 'image_digest', 'open_image', 'Encoder', 'with_answers', 'about',
-           'image_size', 'measure', 'image_tokens', 'rows_that_occur', 'check_rows_fit', 'number_items', 'count_items',
-           'Collator']
+           'fit_for_rows', 'Text', 'Texts', 'process', 'PromptReader', 'image_digest', 'open_image', 'Encoder',
+           'with_answers', 'about', 'image_size', 'measure', 'image_tokens', 'rows_that_occur', 'check_rows_fit',
+           'number_items', 'count_items', 'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
 import copy, hashlib, json, os, random, re
@@ -33,7 +33,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from .core import check_form, first_line, lines_of, parse_json, Place, read_json, read_text, SafeEraserError, told
 
-# %% ../nbs/00_data.ipynb #cell008
+# %% ../nbs/00_data.ipynb #cell006
 HARMLESS_KEYS = ("UnharmPair_text1", "UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2")
 
 
@@ -55,7 +55,7 @@ class HarmlessPair:
     question: str
     prediction: str
 
-# %% ../nbs/00_data.ipynb #cell009
+# %% ../nbs/00_data.ipynb #cell007
 @dataclass(frozen=True)
 class Record:
     "One record of `all_train.json` or `all_val.json`."
@@ -70,7 +70,7 @@ class Record:
         parts = Path(self.image_path).parts[:-1]
         return next((CATEGORIES[p.casefold()] for p in reversed(parts) if p.casefold() in CATEGORIES), parts[-1] if parts else "")
 
-# %% ../nbs/00_data.ipynb #cell011
+# %% ../nbs/00_data.ipynb #cell009
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 PairForm = TypedDict("PairForm", {"question": NonEmpty, "model_response": NonEmpty, "sd_response": NotRequired[NonEmpty]})
 HarmlessForm = TypedDict("HarmlessForm", {"Question": NonEmpty, "Prediction": Annotated[NonEmpty, Field(validation_alias=AliasChoices("Prediction", "Answer"))]})
@@ -80,7 +80,7 @@ RecordForm = TypedDict("RecordForm", {"image_path": Annotated[NonEmpty, Field(va
 for form in (PairForm, HarmlessForm, RecordForm): form.__pydantic_config__ = ConfigDict(extra="allow")
 RECORD = TypeAdapter(RecordForm)
 
-# %% ../nbs/00_data.ipynb #cell012
+# %% ../nbs/00_data.ipynb #cell010
 def parse_record(raw: dict,    # one object of the json list
                  place: Place  # for error messages
                  ) -> Record:
@@ -99,7 +99,7 @@ def parse_record(raw: dict,    # one object of the json list
                   tuple(unsafe(p, f"unsafe_pairs[{i}]") for i, p in enumerate(pairs)),
                   tuple(HarmlessPair(k, r[k]["Question"].strip(), answer(r[k])) for k in harmless))
 
-# %% ../nbs/00_data.ipynb #cell013
+# %% ../nbs/00_data.ipynb #cell011
 def to_json(record: Record) -> dict:
     "The record as the official files spell it: the inverse of `parse_record`."
     known = lambda values: {k: v for k, v in values.items() if v is not None}
@@ -107,7 +107,7 @@ def to_json(record: Record) -> dict:
             "unsafe_pairs": [known(vars(p)) for p in record.unsafe],
             **{p.key: {"Question": p.question, "Prediction": p.prediction} for p in record.harmless}}
 
-# %% ../nbs/00_data.ipynb #cell018
+# %% ../nbs/00_data.ipynb #cell016
 def read_json_records(file: Path) -> list:
     "The objects of a JSON list or of JSON lines; raises `SafeEraserError` naming the line that is broken."
     if not file.exists(): raise SafeEraserError(f"{file}: no such file; --data is the folder that holds all_train.json")
@@ -123,7 +123,7 @@ def is_json_lines(text: str) -> bool:
     except (ValueError, RecursionError): return not text.lstrip().startswith("[")
     return False
 
-# %% ../nbs/00_data.ipynb #cell020
+# %% ../nbs/00_data.ipynb #cell018
 def resolve_image(root: Path,   # the dataset folder's parent: image paths are relative to it
                   path: str,    # as written in the record
                   field: str, place: Place) -> Path:
@@ -137,7 +137,7 @@ def resolve_image(root: Path,   # the dataset folder's parent: image paths are r
         raise place.error(field, f"no image at {path!r:.80} below the dataset's parent folder")
     return full
 
-# %% ../nbs/00_data.ipynb #cell022
+# %% ../nbs/00_data.ipynb #cell020
 def load_image(path: Path) -> Image.Image:
     "The image as a viewer shows it, in RGB; raises `SafeEraserError` naming a file that is broken, oversized or no image."
     try:
@@ -165,7 +165,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if (clear := image.info.get("transparency")) is not None: grey.putalpha(Image.fromarray((np.asarray(image) != clear).astype("uint8") * 255))
     return grey
 
-# %% ../nbs/00_data.ipynb #cell026
+# %% ../nbs/00_data.ipynb #cell024
 def as_published(record: Record,
                  data: Path  # the dataset folder
                  ) -> Record:
@@ -176,7 +176,7 @@ def as_published(record: Record,
         return f"{data.name}/{path}"
     return replace(record, image_path=published(record.image_path), safe_image_path=published(record.safe_image_path))
 
-# %% ../nbs/00_data.ipynb #cell027
+# %% ../nbs/00_data.ipynb #cell025
 def load_records(data: str | Path,     # the folder that holds `all_train.json`
                  split: str = "train"  # names the file: `all_<split>.json`
                  ) -> list[Record]:
@@ -200,7 +200,7 @@ def check_partners(records: list[Record], file: Path):
     if missing and len(missing) < sum(bool(r.unsafe) for r in records):
         raise Place(file, missing[0]).error("SDImage_path", "missing, though other records have one; every forget item needs its prompt-decouple partner, or none has one")
 
-# %% ../nbs/00_data.ipynb #cell030
+# %% ../nbs/00_data.ipynb #cell028
 class RefusalsForm(TypedDict):
     "`prompt.json`."
     __pydantic_config__ = ConfigDict(extra="allow")
@@ -218,7 +218,7 @@ def load_refusals(data: str | Path,      # the folder that holds `prompt.json`
         raise SafeEraserError(f"{file}: no such file; it holds the refusals that this method teaches, as {{\"idk\": [\"I can't help with that.\"]}}")
     return [r.strip() for r in read_json(file, TypeAdapter(RefusalsForm))["idk"]]
 
-# %% ../nbs/00_data.ipynb #cell033
+# %% ../nbs/00_data.ipynb #cell031
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -242,7 +242,7 @@ def settings_of(data: str | Path  # the dataset folder
     file = Path(data)/"settings.json"
     return read_json(file, TypeAdapter(SettingsForm)) if file.exists() else {}
 
-# %% ../nbs/00_data.ipynb #cell036
+# %% ../nbs/00_data.ipynb #cell034
 @dataclass(frozen=True)
 class Item:
     "One question about one image, with its target."
@@ -254,7 +254,7 @@ class Item:
     answer: str
     category: str
 
-# %% ../nbs/00_data.ipynb #cell037
+# %% ../nbs/00_data.ipynb #cell035
 @dataclass(frozen=True)
 class Sets:
     "The three sets of one split; `forget[i]` and `decouple[i]` are partners (without safe images, `decouple` is empty)."
@@ -264,7 +264,7 @@ class Sets:
 
     def __iter__(self): yield from self.forget + self.retain + self.decouple
 
-# %% ../nbs/00_data.ipynb #cell038
+# %% ../nbs/00_data.ipynb #cell036
 def build_sets(records: list[Record], data: str | Path, split: str = "train") -> Sets:
     "Derive forget, retain and prompt-decouple set from records."
     root, sets = Path(data).absolute().parent, Sets([], [], [])
@@ -282,7 +282,7 @@ def load_sets(data: str | Path, split: str = "train") -> Sets:
     "Records of a split, checked, as its three sets."
     return build_sets(load_records(data, split), data, split)
 
-# %% ../nbs/00_data.ipynb #cell042
+# %% ../nbs/00_data.ipynb #cell040
 @dataclass(frozen=True)
 class Slot:
     "One forget item, its partner, and what rides along."
@@ -291,13 +291,13 @@ class Slot:
     refusal: int = 0              # index of the refusal that stands in for the harmful answer
     live: bool = True             # False: fills up the last batch so that all ranks step together; carries no loss
 
-# %% ../nbs/00_data.ipynb #cell043
+# %% ../nbs/00_data.ipynb #cell041
 def deal(n_slots: int, items: list[int]) -> list[tuple[int, ...]]:
     "Items dealt out to slots in order, as evenly as whole numbers allow."
     edges = [round(k * len(items) / n_slots) for k in range(n_slots + 1)]
     return [tuple(items[a:b]) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/00_data.ipynb #cell045
+# %% ../nbs/00_data.ipynb #cell043
 def epoch_plan(forget: list,       # one entry a forget item: which image it is about
                retain: list,       # one entry a retain item, likewise
                n_refusals: int,    # number of refusals to draw from
@@ -327,7 +327,7 @@ def _groups(forget: list, retain: list, together: bool, rng: random.Random) -> l
     dealt = [(own, [*ride, *(i for _ in own for i in next(shares))]) for own, ride in groups.values()]
     return rng.sample(dealt, len(dealt))
 
-# %% ../nbs/00_data.ipynb #cell052
+# %% ../nbs/00_data.ipynb #cell050
 class SlotSampler(Sampler):
     "Yields the slots of the current epoch; `set_epoch` is called by accelerate."
     def __init__(self, sets: Sets, n_refusals: int, seed: int, multiple: int = 1, together: bool = False):
@@ -339,7 +339,7 @@ class SlotSampler(Sampler):
     def __len__(self): return self.size
     def __iter__(self): return iter(self.plan(epoch=self.epoch))
 
-# %% ../nbs/00_data.ipynb #cell054
+# %% ../nbs/00_data.ipynb #cell052
 KINDS = ("forget", "refusal", "retain", "decouple")
 
 
@@ -351,7 +351,7 @@ class Row:
     answer: str      # the target: the item's own answer or a refusal
     live: bool = True
 
-# %% ../nbs/00_data.ipynb #cell055
+# %% ../nbs/00_data.ipynb #cell053
 class SlotDataset(Dataset):
     "Maps a `Slot` (or the number of a forget item) to its rows, of the kinds that an objective needs."
     def __init__(self, sets: Sets,
@@ -370,7 +370,7 @@ class SlotDataset(Dataset):
         rows += [Row("retain", r, r.answer, slot.live) for r in (self.sets.retain[i] for i in slot.retain)]
         return [r for r in rows if r.kind in self.kinds]
 
-# %% ../nbs/00_data.ipynb #cell058
+# %% ../nbs/00_data.ipynb #cell056
 PROBE, _SAID = "7301946285", "5829164037"  # stand for a question and an answer; digits survive trimming and changes of case
 
 
@@ -382,7 +382,7 @@ _FORMS = (  # what a user's message holds, from the image's mark and the questio
     (_parts, str),
     (lambda mark, question: f"{mark}\n{question}", str))
 
-# %% ../nbs/00_data.ipynb #cell059
+# %% ../nbs/00_data.ipynb #cell057
 class Writer:
     "Writes a question about an image and its answer, in the form that a processor's chat template understands."
     def __init__(self, processor):
@@ -405,7 +405,7 @@ class Writer:
         except SafeEraserError: return False
         return all(t in text for t in (PROBE, _SAID, self.mark or "")) and "'type'" not in text
 
-# %% ../nbs/00_data.ipynb #cell061
+# %% ../nbs/00_data.ipynb #cell059
 class ChatTemplate:
     "Prompts and answers as a processor's chat template writes them; raises `SafeEraserError` where it can't."
     def __init__(self, processor):
@@ -435,7 +435,7 @@ class ChatTemplate:
             raise SafeEraserError(f"the chat template changes the answer {answer!r:.60}: it renders as {text[len(before):]!r:.80}")
         return prompt, before[len(prompt):] + said + self.end
 
-# %% ../nbs/00_data.ipynb #cell062
+# %% ../nbs/00_data.ipynb #cell060
 def _end_of_turn(tokenizer, behind: str) -> str:
     "The token that ends an answer, as text, from what a template writes behind it."
     added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
@@ -445,7 +445,7 @@ def _end_of_turn(tokenizer, behind: str) -> str:
     if not end: raise SafeEraserError("neither the chat template nor the tokenizer says how an answer ends; set eos_token in tokenizer_config.json")
     return end
 
-# %% ../nbs/00_data.ipynb #cell064
+# %% ../nbs/00_data.ipynb #cell062
 def common_prefix(lists: list[list[int]]) -> int:
     "Length of the longest beginning that all lists have in common."
     return next((n for n, tokens in enumerate(zip(*lists)) if len(set(tokens)) > 1), min(map(len, lists)))
@@ -459,12 +459,12 @@ def tokens_of(tokenizer, prompt: str, answer: str,
     asked, joint = ids(prompt), ids(prompt + answer)
     return asked, joint[len(asked):] if joint[:len(asked)] == asked else ids(special + answer)[1:]
 
-# %% ../nbs/00_data.ipynb #cell066
+# %% ../nbs/00_data.ipynb #cell064
 LLAVA_TEMPLATE = ("{% for m in messages %}{{ m.role.upper() }}: "
                   "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-# %% ../nbs/00_data.ipynb #cell067
+# %% ../nbs/00_data.ipynb #cell065
 def word_processor(words: list[str],          # vocabulary
                    image_size: int = 48,      # pixels a side
                    patch_size: int = 12,      # pixels a side
@@ -484,7 +484,7 @@ def word_processor(words: list[str],          # vocabulary
     return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
                           chat_template=template, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/00_data.ipynb #cell070
+# %% ../nbs/00_data.ipynb #cell068
 def control_tokens(processor, *more: str) -> re.Pattern:
     "Finds in a text what is a signal to a model instead of text; by a processor or a tokenizer, and more tokens."
     tok = getattr(processor, "tokenizer", processor)
@@ -499,7 +499,7 @@ def disarmed(text: str, control: re.Pattern) -> str:
     while control.search(text): text = control.sub(lambda m: f"{m[0][0]} {m[0][1:]}" if len(m[0]) > 1 else " ", text)
     return text
 
-# %% ../nbs/00_data.ipynb #cell073
+# %% ../nbs/00_data.ipynb #cell071
 def _put_around(tokenizer) -> tuple[list[int], list[int]]:
     "Tokens that a tokenizer puts in front of a text and behind it."
     alone, full = (tokenizer("a", add_special_tokens=more).input_ids for more in (False, True))
@@ -526,7 +526,7 @@ def _append_nothing(tokenizer, front: list[str]):
     named = list(zip(front, tokenizer.convert_tokens_to_ids(front)))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=[*front, "$A"], special_tokens=named)
 
-# %% ../nbs/00_data.ipynb #cell074
+# %% ../nbs/00_data.ipynb #cell072
 @dataclass(frozen=True)
 class Text:
     "A question with its answer, as written and as tokens."
@@ -546,7 +546,6 @@ class Texts:
         self.template = ChatTemplate(self.processor)
         self.processor = fit_for_rows(self.processor, self.template.end)
         self.control = control_tokens(self.processor, self.template.end)
-        self.added = {i for i, t in self.processor.tokenizer.added_tokens_decoder.items() if t.content.strip()}
         self.text = lru_cache(maxsize=2**17)(self.text)
 
     def __reduce__(self): return type(self), (self.processor, self.max_length)  # what was kept stays behind
@@ -575,6 +574,34 @@ class Texts:
         asked, said = tokens_of(self.processor.tokenizer, prompt, tail, self.template.end)
         return Text(prompt, tail, array("i", asked + said), len(said))
 
+# %% ../nbs/00_data.ipynb #cell074
+def process(processor, texts: list[str], pictures: list[Image.Image], side: str, **more) -> dict:
+    "A processor's model inputs for texts with one picture each, padded on a side; the token that begins a text is there once."
+    bos = processor.tokenizer.bos_token
+    return dict(processor(text=texts, images=[[p] for p in pictures], padding=True, padding_side=side, return_tensors="pt",
+                          add_special_tokens=not (bos and texts[0].lstrip().startswith(bos)), **more))
+
+
+class _LooksOnce:
+    "An image processor that looks at the first picture and says the same of all others."
+    def __init__(self, real): self.real, self.seen = real, None
+    def __getattr__(self, name): return getattr(self.real, name)
+
+    def __call__(self, *args, **kwargs):
+        if self.seen is None: self.seen = self.real(*args, **kwargs)
+        return type(self.seen)(dict(self.seen))  # some processors take entries out
+
+
+class PromptReader:
+    "The tokens that a processor makes of a prompt with a blank picture."
+    def __init__(self, processor):
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = _LooksOnce(processor.image_processor)
+        self.ids = lru_cache(maxsize=2**16)(self.ids)
+
+    def ids(self, prompt: str) -> array:
+        return array("i", process(self.processor, [prompt], [Image.new("RGB", (64, 64))], "right")["input_ids"][0].tolist())
+
 # %% ../nbs/00_data.ipynb #cell076
 def image_digest(image: Path) -> str:
     "Of an image file's content."
@@ -596,6 +623,10 @@ def open_image(path: Path) -> Image.Image:
 @dataclass
 class Encoder(Texts):
     "Texts and images to model inputs, by any processor with a chat template."
+    def __post_init__(self):
+        super().__post_init__()
+        self.reader = PromptReader(self.processor)
+
     def texts(self, question: str, answer: str) -> tuple[str, str, int]:
         "Prompt, answer with its end-of-turn token, and the number of the answer's tokens."
         found = self.text(question, answer)
@@ -603,10 +634,7 @@ class Encoder(Texts):
 
     def call(self, texts: list[str], pictures: list[Path | Image.Image], side: str, **more) -> dict:
         "The processor's model inputs for texts with one image each, padded on a side."
-        images = [[p if isinstance(p, Image.Image) else open_image(p)] for p in pictures]
-        bos = self.processor.tokenizer.bos_token
-        return dict(self.processor(text=texts, images=images, padding=True, padding_side=side, return_tensors="pt",
-                                   add_special_tokens=not (bos and texts[0].lstrip().startswith(bos)), **more))
+        return process(self.processor, texts, [p if isinstance(p, Image.Image) else open_image(p) for p in pictures], side, **more)
 
     def prompts(self, items: list[Item]) -> dict:
         "Left-padded prompts for generation, one a row."
