@@ -902,6 +902,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'safeeraser.trainer.predict': ('trainer.html#predict', 'safeeraser/trainer.py'),
                                     'safeeraser.trainer.probe': ('trainer.html#probe', 'safeeraser/trainer.py'),
                                     'safeeraser.trainer.read_left': ('trainer.html#read_left', 'safeeraser/trainer.py'),
+                                    'safeeraser.trainer.recommendations': ('trainer.html#recommendations', 'safeeraser/trainer.py'),
                                     'safeeraser.trainer.recommended_settings': ( 'trainer.html#recommended_settings',
                                                                                  'safeeraser/trainer.py'),
                                     'safeeraser.trainer.rows_of': ('trainer.html#rows_of', 'safeeraser/trainer.py'),

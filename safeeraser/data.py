@@ -161,7 +161,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
     values = values - min(0, values.min())
     depths = [d for d in DEPTHS if d > 1 or image.mode == "F"] + [values.max()]
-    grey = Image.fromarray((values / next(d for d in depths if values.max() <= d) * 255).round().astype("uint8"))
+    grey = Image.fromarray((values / next(d for d in depths if values.max() <= d) * 255).astype("uint8"))
     if (clear := image.info.get("transparency")) is not None: grey.putalpha(Image.fromarray((np.asarray(image) != clear).astype("uint8") * 255))
     return grey
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from .core import only_here, parse_json, Place, progress_bar, read_text, SafeEraserError, told, write_whole
-from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, image_tokens, is_json_lines, load_image, load_records, load_refusals, parse_record, read_json_records, Record, resolve_image, settings_of, to_json, UnsafePair
+from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, image_tokens, is_json_lines, load_image, load_records, load_refusals, parse_record, read_json_records, Record, resolve_image, to_json, UnsafePair
 from .processors import load_processor
 
 # %% ../nbs/13_official.ipynb #cell009
@@ -229,7 +229,8 @@ def check_dataset(data: str | Path,                # the folder that holds `all_
 
 def _complaints(data: Path, splits: list[Split]) -> list[str]:
     "What the loader would say to the folder's other files, and to records as a whole."
-    trials = [lambda: settings_of(data), lambda: load_refusals(data, needed=False)] + [lambda s=s: check_partners(list(s.records.values()), data/f"all_{s.name}.json") for s in splits]
+    from safeeraser.trainer import recommendations
+    trials = [lambda: recommendations(data), lambda: load_refusals(data, needed=False)] + [lambda s=s: check_partners(list(s.records.values()), data/f"all_{s.name}.json") for s in splits]
     said = []
     for trial in trials:
         try: trial()

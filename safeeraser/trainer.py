@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPLETE', 'Predictions', 'packed_predictions', 'predict', 'rows_of', 'ask_vanilla', 'batch_tokens', 'context_length',
            'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent', 'Left', 'read_left',
-           'last_checkpoint', 'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'recommended_settings', 'probe',
-           'plan_text', 'make_trainable', 'unlearn', 'save_trained', 'save_model']
+           'last_checkpoint', 'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'recommended_settings',
+           'recommendations', 'probe', 'plan_text', 'make_trainable', 'unlearn', 'save_trained', 'save_model']
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import copy, hashlib, json, os, shutil, signal, threading, time
@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from typing_extensions import TypedDict
 
-from .core import cpu_threads, environment, lines_of, only_here, out_of_memory, progress_bar, read_json, read_text, SafeEraserError, told, write_whole
+from .core import cpu_threads, environment, lines_of, only_here, out_of_memory, Place, progress_bar, read_json, read_text, SafeEraserError, told, write_whole
 from .data import check_rows_fit, Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import CannotPack, check_packing, packed_log_probs, PackedCollator, Packer, Verdict
@@ -396,8 +396,17 @@ class GracefulStop(TrainerCallback):
 def recommended_settings(data: str | Path, objective: Objective) -> dict:
     "What the data set's `settings.json` recommends for the objective's forget term."
     forget = next((n for n in objective.terms if n in FORGET), None)
-    found = settings_of(data).get("unlearn", {})
+    found = recommendations(data)
     return found.get(forget, found.get("default", {}))
+
+
+def recommendations(data: str | Path) -> dict[str, dict]:
+    "The data set's recommended settings by forget term, checked; raises `SafeEraserError` naming file and setting."
+    found = settings_of(data).get("unlearn", {})
+    for term, settings in found.items():
+        try: check_settings(settings)
+        except SafeEraserError as e: raise Place(Path(data)/"settings.json").error(f"unlearn.{term}", str(e)) from None
+    return found
 
 # %% ../nbs/04_trainer.ipynb #cell039
 def probe(trainer: UnlearnTrainer) -> dict:

@@ -659,3 +659,12 @@ def test_tables_of_another_form(name, content, said, pictures):
 def test_lines_of_tables_end_at_newlines_only(pictures):
     (pictures / "t.jsonl").write_text("\ufeff" + json.dumps({"image": "1.png", "question": "a\u2028b", "answer": "c\x85d"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert [(r.question, r.answer) for r in read_table(pictures / "t.jsonl")] == [("a\u2028b", "c\x85d")]
+
+
+@pytest.mark.parametrize("settings, said", [({"learning_rat": 1}, "learning_rat"), ({"lora_r": "x"}, "lora_r"), ({"threads": 0}, "threads")])
+def test_recommended_settings_that_training_would_refuse(settings, said, folder, tiny, tmp_path):
+    from safeeraser.trainer import unlearn
+    (folder / "settings.json").write_text(json.dumps({"unlearn": {"default": settings}}))
+    out = run("data", "check", folder)
+    assert out.code == 2 and "settings.json, unlearn.default: " in out.said[0] and said in out.said[0]
+    with pytest.raises(SafeEraserError, match=f"settings.json, unlearn.default: .*{said}"): unlearn(tiny.model, folder, tmp_path / "run", "ga", progress=False)
