@@ -25,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import cpu_threads, new_folder, only_here, progress_bar, read_json, SafeEraserError, told, write_whole
-from .data import ChatTemplate, count_answer_tokens, render_answered, tokens_of, word_processor
+from .data import ChatTemplate, tokens_of, word_processor
 from .model import quiet_bars
 
 # %% ../nbs/01_world.ipynb #cell006
