@@ -257,7 +257,7 @@ REAL = {
     "idefics3": Real("idefics3", "byte-level, Llama 3's words", lambda: llama3("<fake_token_around_image>", "<image>", END, "<global-img>", *ROWS), IDEFICS.replace("START", "<|begin_of_text|>"),
                      pictures=TILES | {"image_processor_type": "Idefics3ImageProcessor"},
                      tokens={"image_token_id": "<image>", "bos_token_id": "<|begin_of_text|>", "eos_token_id": "<|eot_id|>", "pad_token_id": "<|finetune_right_pad_id|>"},
-                     generation={"suppress_tokens": [0]}, ends=("<|end_of_text|>", "<|eom_id|>", END), **TILES_PARTS),
+                     generation={"suppress_tokens": list(range(300, 2500))}, ends=("<|end_of_text|>", "<|eom_id|>", END), **TILES_PARTS),
     "smolvlm": Real("smolvlm", "SmolLM2", lambda: smollm2("<fake_token_around_image>", "<image>", END, "<global-img>", *ROWS), IDEFICS.replace("START", "<|im_start|>"),
                     pictures=TILES | {"image_processor_type": "SmolVLMImageProcessor"},
                     tokens={"image_token_id": "<image>", "bos_token_id": "<|im_start|>", "eos_token_id": END, "pad_token_id": "<|im_end|>"},
