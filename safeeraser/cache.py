@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import log_softmax
+from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .model import anatomy, vanilla
@@ -158,24 +160,37 @@ class ReferenceCache:
                   batch: dict,           # a packed batch, see `safeeraser.packing.stack_rows`
                   route: str) -> torch.Tensor:
         "What `packed_log_probs` gives under `vanilla(model)`: [N, V]."
-        names = [name for row in batch["names"] for name in row]
+        if (own := _whole(model)) is None: own, self.why = model, "each rank holds a part of the weights"
+        sizes = _label_counts(batch)
+        names = [f"{name}-{n}" for name, n in zip((name for row in batch["names"] for name in row), sizes)]
         found = [] if self.why else [self.store.get(n) for n in names]
         head, device = unwrapped(model).get_output_embeddings(), batch["labels"].device
         with torch.no_grad():
             if found and all(found): return log_softmax(head(torch.cat([f["hidden"] for f in found]).to(device)).float(), -1)
             self.computed += len(names)
-            with vanilla(model), _input_of(head) as seen: log_probs = packed_log_probs(model, batch, route)
-            if not self.why: self._keep(names, batch, seen[0], log_probs, head)
+            with vanilla(own), _input_of(head) as seen: log_probs = packed_log_probs(own, batch, route)
+            if not self.why: self._keep(names, sizes, batch, seen[0], log_probs, head)
         return log_probs
 
-    def _keep(self, names: list[str], batch: dict, hidden: torch.Tensor, log_probs: torch.Tensor, head):
+    def _keep(self, names: list[str], sizes: list[int], batch: dict, hidden: torch.Tensor, log_probs: torch.Tensor, head):
         at = batch["labels"] != -100
         hidden = hidden[at[:, at.any(0)]]
-        if (log_softmax(head(hidden).float(), -1) - log_probs).abs().max() > tolerance(head):
+        off = (log_softmax(head(hidden).float(), -1) - log_probs).abs()
+        if off.numel() and off.max() > tolerance(head):
             self.why = "this model does more to its scores than its head"
             return
-        sizes = [int((own != -100).sum()) for row, n in zip(batch["labels"], batch["lengths"]) for own in row[:sum(n)].split(n)[1:]]
         for name, part in zip(names, hidden.split(sizes)): self.store.put(name, {"hidden": part.cpu().clone()})
+
+
+def _label_counts(batch: dict) -> list[int]:
+    "Labels of each segment, which a pass that only keeps step has none of."
+    return [int((own != -100).sum()) for row, n in zip(batch["labels"], batch["lengths"]) for own in row[:sum(n)].split(n)[1:]]
+
+
+def _whole(model):
+    "The model whose passes no other rank waits for, so that each may leave out what it has kept; None where ranks hold parts of it."
+    if isinstance(model, DistributedDataParallel): return model.module
+    return None if hasattr(model, "module") or isinstance(model, FSDPModule) else model
 
 
 @contextmanager

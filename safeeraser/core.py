@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SafeEraserError', 'Place', 'first_line', 'told', 'read_text', 'lines_of', 'well_formed', 'check_form', 'parse_json',
-           'read_json', 'plain_file', 'write_whole', 'new_folder', 'only_here', 'progress_bar', 'out_of_memory',
+           'read_json', 'plain_file', 'write_whole', 'only_here', 'new_folder', 'progress_bar', 'out_of_memory',
            'cpu_threads', 'keep_freed_memory', 'environment']
 
 # %% ../nbs/00_core.ipynb #cell003
-import ctypes, json, os, platform, shutil, sys, tempfile
+import ctypes, json, os, platform, shutil, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,8 +50,9 @@ class Place:
 
 # %% ../nbs/00_core.ipynb #cell009
 def first_line(e: BaseException) -> str:
-    "The first line of an error's message, cut to fit into a sentence; its type where it says nothing."
-    return f"{(str(e).strip() or type(e).__name__).splitlines()[0]:.200}"
+    "The first line of an error's message (two, where it ends in a colon), cut to fit into a sentence; its type where it says nothing."
+    first, *more = (str(e).strip() or type(e).__name__).splitlines()
+    return f"{' '.join([first, *map(str.strip, more[:1])]) if first.endswith(':') else first:.200}"
 
 
 @contextmanager
@@ -89,7 +90,7 @@ _BELONGS = {"string_type": "a text belongs here", "list_type": "a list belongs h
             "model_type": "an object belongs here", "tuple_type": "a list belongs here", "bool_type": "true or false belongs here",
             "int_type": "a whole number belongs here", "int_from_float": "a whole number belongs here",
             "float_type": "a number belongs here", "finite_number": "a finite number belongs here",
-            "string_too_short": "a non-empty text belongs here", "too_short": "a non-empty list belongs here"}
+            "string_too_short": "a non-empty text belongs here", "too_short": "a non-empty list belongs here", "extra_forbidden": "is not known here"}
 
 
 def _field(steps: tuple) -> str: return "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
@@ -107,12 +108,13 @@ def check_form(value, form: TypeAdapter, place: Place | Path):
 
 # %% ../nbs/00_core.ipynb #cell019
 def parse_json(text: str, place: Place | Path,
-               form: TypeAdapter | None = None  # what belongs there; None: any value
+               form: TypeAdapter | None = None,  # what belongs there; None: any value
+               problem: str = "not JSON"         # what to say of other text
                ):
     "A JSON value, checked; raises `SafeEraserError` where it is none, or not of the form, or holds what cannot be written."
     place = place if isinstance(place, Place) else Place(place)
     try: value = json.loads(text)
-    except (ValueError, RecursionError) as e: raise place.error("", f"not JSON ({first_line(e)})") from None
+    except (ValueError, RecursionError) as e: raise place.error("", f"{problem} ({first_line(e)})") from None
     if "\\ud" in text.lower() and (field := _broken(value)) is not None:
         raise place.error(field, "half of a surrogate pair, which is no character; take it out")
     return value if form is None else check_form(value, form, place)
@@ -143,25 +145,7 @@ def write_whole(path: str | Path, text: str):
         if part.is_file(): part.unlink()
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
 
-# %% ../nbs/00_core.ipynb #cell024
-@contextmanager
-def new_folder(out: str | Path):
-    "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left; raises `SafeEraserError` where it cannot be written."
-    out, tmp = Path(out), None
-    if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; name a folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        tmp.chmod(0o755)
-        yield tmp
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(tmp, out)
-    except (OSError, SafetensorError) as e:
-        raise SafeEraserError(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
-    finally:
-        if tmp: shutil.rmtree(tmp, ignore_errors=True)
-
-# %% ../nbs/00_core.ipynb #cell028
+# %% ../nbs/00_core.ipynb #cell025
 @contextmanager
 def only_here(path: str | Path  # what is being written; the lock lies beside it
               ):
@@ -181,7 +165,26 @@ def only_here(path: str | Path  # what is being written; the lock lies beside it
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #cell031
+# %% ../nbs/00_core.ipynb #cell027
+@contextmanager
+def new_folder(out: str | Path):
+    "`with new_folder(out) as tmp`: work in `tmp`; on success it becomes `out`, on failure nothing is left; raises `SafeEraserError` where it cannot be written."
+    if Path(out).exists() and not Path(out).is_dir(): raise SafeEraserError(f"{out}: is a file; name a folder")
+    final = Path(os.path.realpath(out))
+    tmp = final.with_name(f".{final.name}.writing")
+    with only_here(final):
+        shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed: we hold the lock
+        try:
+            tmp.mkdir()
+            yield tmp
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(tmp, final)
+        except (OSError, SafetensorError) as e:
+            raise SafeEraserError(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #cell032
 def progress_bar(iterable=None, *, desc: str,
                  total: int | None = None,
                  show: bool = True):
@@ -189,7 +192,7 @@ def progress_bar(iterable=None, *, desc: str,
     live = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(iterable, desc=desc, total=total, leave=False, disable=not show, mininterval=.2 if live else 30)
 
-# %% ../nbs/00_core.ipynb #cell033
+# %% ../nbs/00_core.ipynb #cell034
 @contextmanager
 def out_of_memory(lower: str  # what to lower, with its present value
                   ):
@@ -198,7 +201,7 @@ def out_of_memory(lower: str  # what to lower, with its present value
     except torch.OutOfMemoryError as e:
         raise SafeEraserError(f"the device is out of memory; lower {lower} ({first_line(e)})") from None
 
-# %% ../nbs/00_core.ipynb #cell036
+# %% ../nbs/00_core.ipynb #cell037
 @contextmanager
 def cpu_threads(n: int):
     "`with cpu_threads(n):` CPU arithmetic on `n` threads, whatever the environment says."
@@ -208,7 +211,7 @@ def cpu_threads(n: int):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/00_core.ipynb #cell038
+# %% ../nbs/00_core.ipynb #cell039
 @lru_cache(maxsize=1)
 def keep_freed_memory():
     "Let the C library keep up to 512 MiB that were freed; where it is not glibc nothing happens."
@@ -218,7 +221,7 @@ def keep_freed_memory():
     mallopt(trim_threshold, 2**29)
     mallopt(mmap_threshold, 2**25)  # the largest that it takes; larger blocks are always given back
 
-# %% ../nbs/00_core.ipynb #cell040
+# %% ../nbs/00_core.ipynb #cell041
 def environment() -> dict:
     "What numbers may depend on: versions and hardware."
     gpu = torch.cuda.is_available()

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLING', 'OURS', 'ends_of', 'decoding_config', 'stop_strings', 'own_settings', 'only_by_generate',
-           'settings_in_force', 'Rules', 'Finite', 'BrokenModel', 'Steps', 'steps_for', 'room_for', 'Stops', 'Answer',
-           'answer_of']
+           'settings_in_force', 'Rules', 'Finite', 'BrokenModel', 'Steps', 'steps_for', 'room_for', 'Stops', 'text_of']
 
-# %% ../nbs/24_decoding.ipynb #03a7a9e2
+# %% ../nbs/24_decoding.ipynb #d44c40d8
 import copy
 from contextlib import contextmanager
 
@@ -17,7 +16,7 @@ from .core import first_line, SafeEraserError, told, well_formed
 from .data import Encoder, Item
 from .packing import unwrapped
 
-# %% ../nbs/24_decoding.ipynb #4a54a7c5
+# %% ../nbs/24_decoding.ipynb #8dd0cbb7
 def ends_of(model, encoder: Encoder) -> list[int]:
     "Tokens that end an answer: what training labels as the end, and what the model's own settings name."
     own = unwrapped(model).generation_config.eos_token_id
@@ -25,7 +24,7 @@ def ends_of(model, encoder: Encoder) -> list[int]:
     named = [t for t in own if t is not None] or [encoder.processor.tokenizer.eos_token_id]
     return sorted({t for t in [*encoder.end_ids, *named] if t is not None})
 
-# %% ../nbs/24_decoding.ipynb #5bbf5538
+# %% ../nbs/24_decoding.ipynb #a9c6f462
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # for whoever asks to say
 OURS = (*SAMPLING, "do_sample", "max_length", "max_new_tokens", "max_time", "num_return_sequences", "eos_token_id", "pad_token_id", "bos_token_id", "stop_strings",
         "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
@@ -62,7 +61,7 @@ def own_settings(model) -> dict:
     left_out = {*OURS, "transformers_version", "_from_model_config", "cache_implementation", "cache_config"} - {"stop_strings"}
     return {k: v for k, v in sorted(config.to_dict().items()) if k not in left_out and v not in (None, False, [], neutral.get(k), ordinary.get(k))}
 
-# %% ../nbs/24_decoding.ipynb #3bc40d3b
+# %% ../nbs/24_decoding.ipynb #8560ae30
 def only_by_generate(model) -> str | None:
     "Which of the model's own settings chooses between whole answers; None where each next token follows from its own scores."
     own = copy.copy(unwrapped(model).generation_config)
@@ -82,7 +81,7 @@ def settings_in_force(model, config):
     try: yield
     finally: base.generation_config = own
 
-# %% ../nbs/24_decoding.ipynb #51a83165
+# %% ../nbs/24_decoding.ipynb #710fb849
 class Rules:
     "A model's own settings at work on the next token's scores, row by row."
     def __init__(self, model, config, prompts: list[list[int]]):
@@ -112,7 +111,7 @@ def _processors(model, config, prompt: list[int], device):
     model._prepare_special_tokens(config, True, device=device)
     return model._get_logits_processor(config, input_ids_seq_length=len(prompt), encoder_input_ids=torch.tensor([prompt], device=device), device=device, model_kwargs={})
 
-# %% ../nbs/24_decoding.ipynb #424fab8e
+# %% ../nbs/24_decoding.ipynb #58aab07d
 class Finite:
     "Passes scores through; raises `SafeEraserError` naming the question where they are not finite."
     def __init__(self, items: list[Item]): self.items = items
@@ -130,7 +129,7 @@ class Finite:
 class BrokenModel(SafeEraserError):
     "A model whose scores are no numbers."
 
-# %% ../nbs/24_decoding.ipynb #67d95f83
+# %% ../nbs/24_decoding.ipynb #fc25a927
 class Steps:
     "Several things done to scores, one after the other, each knowing its rows."
     def __init__(self, *steps): self.steps = steps
@@ -148,7 +147,7 @@ def steps_for(model, config, items: list[Item], prompts: list[list[int]],
     rules = Rules(model, config, prompts)
     return Steps(Finite(items), *([rules] if rules else []), *([sampler] if sampler else []))
 
-# %% ../nbs/24_decoding.ipynb #5fa785fc
+# %% ../nbs/24_decoding.ipynb #d6f50b71
 def room_for(model, length: int) -> int:
     "Tokens that a model can write behind a prompt of some length."
     known = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or 2**20
@@ -179,15 +178,8 @@ class Stops:
         said = torch.tensor([self.said(t) for t in written.tolist()]) if self.texts else full
         return (full | said).to(ids.device)
 
-# %% ../nbs/24_decoding.ipynb #59632d76
-class Answer(str):
-    "A response that also knows how it ended: stop, or length where the limit cut it off."
-    finish = "stop"
-
-
-def answer_of(tokens: list[int], tokenizer, ends: set[int], stopped: bool = False) -> Answer:
-    "The text of the tokens in front of the first end."
+# %% ../nbs/24_decoding.ipynb #d58dbea5
+def text_of(tokens: list[int], tokenizer, ends: set[int]) -> str:
+    "What the tokens in front of the first end say."
     end = next((k for k, t in enumerate(tokens) if t in ends), None)
-    answer = Answer(well_formed(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip())
-    answer.finish = "length" if end is None and not stopped else "stop"
-    return answer
+    return well_formed(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()

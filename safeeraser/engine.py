@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from .data import Encoder, Item, Row
-from .decoding import Answer, answer_of, BrokenModel, decoding_config, ends_of, Finite, only_by_generate, room_for, Steps, steps_for, Stops
+from .decoding import BrokenModel, decoding_config, ends_of, Finite, only_by_generate, room_for, Steps, steps_for, Stops, text_of
 from .core import first_line
 from .packing import attention_of, check_packing, check_plain_causal, FAILURES, flash, merge_attention, nothing_masked, PackedRow, Packer, position_ids, set_attention, stack_rows, to_device, tolerance, unwrapped, use_route, Verdict
 
@@ -146,7 +146,7 @@ class Engine:
     def answer(self, items: list[Item],
                max_new_tokens: int = 512,
                sampler=None   # a logits processor with one stream a row, see `safeeraser.generate.RowSampler`; None: greedy
-               ) -> list[Answer]:
+               ) -> list[str]:
         "One response for each item."
         written, tok = [[] for _ in items], self.encoder.processor.tokenizer
         config = decoding_config(self.model, self.encoder, max_new_tokens)
@@ -155,8 +155,7 @@ class Engine:
             steps = steps_for(self.model, config, [items[i] for i in order], prompts, sampler and sampler.rows(order))
             stops = Stops(self.model, tok, prompts)
             for n, token in self.tokens(batch, max_new_tokens, steps, stops): written[order[n]].append(token)
-        ends = set(config.eos_token_id)
-        return [answer_of(t, tok, ends, t[-1] in self.ends or stops.said(t)) for t in written]
+        return [text_of(t, tok, set(config.eos_token_id)) for t in written]
 
     def _batches(self, rows: list[PackedRow], max_new_tokens: int) -> Iterator[list[PackedRow]]:
         "Rows whose images and answers fit into `tokens_at_once`, one at least."

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'LONG_IMAGE', 'answer_batch', 'RowSampler', 'Request', 'plan_requests',
-           'image_digest', 'response_row', 'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker',
-           'ServerAsker']
+           'response_row', 'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker', 'ServerAsker']
 
 # %% ../nbs/05_generate.ipynb #cell003
 import hashlib, json
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from .engine import check_engine, Engine
-from .core import cpu_threads, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
-from .data import Encoder, Item, load_sets, settings_of
-from .decoding import Answer, answer_of, decoding_config, Finite, only_by_generate, own_settings, settings_in_force, Steps, steps_for, Stops
+from .core import check_form, cpu_threads, lines_of, only_here, out_of_memory, parse_json, Place, progress_bar, read_text, SafeEraserError, well_formed, write_whole
+from .data import Encoder, image_digest, Item, load_sets, settings_of
+from .decoding import decoding_config, Finite, only_by_generate, own_settings, settings_in_force, steps_for, Stops, text_of
 from .model import adapter_file, load_adapter, load_model
+from .runs import read_record
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +38,7 @@ def answer_batch(model, encoder: Encoder, items: list[Item],
                  max_new_tokens: int = 512,
                  sampler=None,                 # a `RowSampler`; None: greedy
                  engine: Engine | None = None  # shares what is read of an image; None: the model's own `generate`
-                 ) -> list[Answer]:
+                 ) -> list[str]:
     "One response for each item; raises `SafeEraserError` where the model's scores are no numbers, or its own settings allow no samples."
     if engine: return engine.answer(items, max_new_tokens, sampler)
     if not (why := only_by_generate(model)): return _generated(model, encoder, items, max_new_tokens, sampler)
@@ -45,7 +48,7 @@ def answer_batch(model, encoder: Encoder, items: list[Item],
 
 def _generated(model, encoder: Encoder, items: list[Item], max_new_tokens: int, sampler=None,
                whole: bool = False  # the model's settings choose between whole answers
-               ) -> list[Answer]:
+               ) -> list[str]:
     "Responses by the model's own `generate`; its settings act on each row's own tokens, or, where they choose between answers, as transformers has it."
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     inputs, tok = {k: v.to(model.device) for k, v in encoder.prompts(items).items()}, encoder.processor.tokenizer
@@ -58,7 +61,7 @@ def _generated(model, encoder: Encoder, items: list[Item], max_new_tokens: int, 
     with settings_in_force(model, config):
         out = model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([stops]),
                              logits_processor=LogitsProcessorList([lambda ids, scores: steps(ids[:, start:], scores)]))
-    return [answer_of(t, tok, set(config.eos_token_id), stops.said(t)) for t in out[:, start:].tolist()]
+    return [text_of(t, tok, set(config.eos_token_id)) for t in out[:, start:].tolist()]
 
 # %% ../nbs/05_generate.ipynb #cell012
 class RowSampler:
@@ -110,15 +113,6 @@ def plan_requests(data: str | Path,
 ROW_KEYS = ("schema_version", "method", "seed", "image_id", "split", "set", "question", "sample", "response", "verdicts")
 
 
-@lru_cache(maxsize=2**16)
-def _digest_at(image: Path, changed: int) -> str: return hashlib.sha256(image.read_bytes()).hexdigest()
-
-
-def image_digest(image: Path) -> str:
-    "Of an image file's content; read again when the file has changed."
-    return _digest_at(image, image.stat().st_mtime_ns)
-
-
 def response_row(request: Request, response: str, method: str, seed: int) -> dict:
     "A response as a line of `responses.jsonl`."
     i = request.item
@@ -133,21 +127,44 @@ def row_key(row: dict) -> tuple: return tuple(row[k] for k in ("split", "set", "
 def read_rows(path: str | Path) -> list[dict]:
     "The rows of a responses file, checked; raises `SafeEraserError` naming the line that is wrong."
     path = Path(path)
-    try: lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as e: raise SafeEraserError(f"{path}: cannot be read ({e.strerror})") from None
-    rows = [_check_row(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [_check_row(Place(path, line=n), line) for n, line in lines_of(read_text(path))]
     if not rows: raise SafeEraserError(f"{path}: holds no response")
     return rows
 
 # %% ../nbs/05_generate.ipynb #cell021
-def _check_row(path: Path, n: int, line: str) -> dict:
-    try: row = json.loads(line)
-    except ValueError: raise SafeEraserError(f"{path}, line {n}: not a JSON object; was the file cut off? Generate it again") from None
+class _Verdict(TypedDict, total=False):
+    "What a judge says to a question; a model's note on its known labels has neither."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    value: bool | Annotated[float, Field(ge=0, le=1)] | None
+    reason: str
+
+
+class _Row(TypedDict):
+    "A line of a responses file; a response is null where the model gave none."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    method: str
+    seed: int
+    image_id: str
+    split: str
+    set: str
+    category: NotRequired[str | None]
+    question: str
+    sample: int
+    response: str | None
+    reference: NotRequired[str]
+    verdicts: dict[str, dict[str, _Verdict]]
+
+
+_ROW = TypeAdapter(_Row)
+
+
+def _check_row(place: Place, line: str) -> dict:
+    try: row = parse_json(line, place)
+    except SafeEraserError as e: raise SafeEraserError(str(e).replace("not JSON", "not a JSON object; was the file cut off? Generate it again")) from None
     missing = [k for k in ROW_KEYS if not isinstance(row, dict) or k not in row]
-    if missing: raise SafeEraserError(f"{path}, line {n}: lacks {', '.join(missing)}; a file written by `safeeraser generate` belongs here")
-    if row["schema_version"] != SCHEMA_VERSION:
-        raise SafeEraserError(f"{path}, line {n}: schema version {row['schema_version']}, this version reads {SCHEMA_VERSION}")
-    return row
+    if missing: raise place.error("", f"lacks {', '.join(missing)}; a file written by `safeeraser generate` belongs here")
+    if row["schema_version"] != SCHEMA_VERSION: raise place.error("", f"schema version {row['schema_version']}, this version reads {SCHEMA_VERSION}")
+    return check_form(row, _ROW, place)
 
 # %% ../nbs/05_generate.ipynb #cell022
 def write_rows(path: str | Path, rows: list[dict]):
@@ -181,14 +198,15 @@ def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
     "Method and seed, as the run's or the model's own record tells them."
     for file in ([Path(adapter)/"run.json"] if adapter else []) + [Path(model)/"safeeraser.json"]:
         if file.is_file():
-            record = json.loads(file.read_text())
+            record = read_record(file, "method", "seed")
             return record["method"], record["seed"]
     return ("adapter" if adapter else "base"), 0
 
 # %% ../nbs/05_generate.ipynb #cell026
 def _digest(requests: list[Request]) -> str:
     "Names what is asked: questions, and the images' contents, which may be replaced between two runs."
-    return hashlib.sha256(repr([(image_digest(r.item.image), r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
+    images = {image: image_digest(image) for image in {r.item.image for r in requests}}
+    return hashlib.sha256(repr([(images[r.item.image], r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
 
 # %% ../nbs/05_generate.ipynb #cell027
 def generate(model: str | Path,                   # the vanilla model: a folder, or a name on the hub

@@ -13,13 +13,14 @@ __all__ = ['PASS_TOKENS', 'SPLIT', 'ROUTES', 'SHORT_ROW', 'FAILURES', 'PackedRow
 # %% ../nbs/10_packing.ipynb #cell003
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.functional import log_softmax, pad
 
-from .core import SafeEraserError
-from .data import count_items, Encoder, Item, KINDS, number_items, Row
+from .core import first_line, SafeEraserError
+from .data import about, common_prefix, count_items, Encoder, Item, KINDS, number_items, Row
 from .model import anatomy
 
 # %% ../nbs/10_packing.ipynb #cell008
@@ -71,118 +72,139 @@ class CannotPack(SafeEraserError):
     "This model or processor does not allow rows to share an image; its message says why."
 
 # %% ../nbs/10_packing.ipynb #cell019
-def _behind_image(tokenizer, prompt: str, question: str) -> tuple[str, int]:
-    "The last special token in front of the question, and where in the prompt plain text begins behind it."
-    start = prompt.rfind(question)
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
-    end, last = max(((prompt.rfind(t, 0, start) + len(t), t) for t in special if t in prompt[:start]), default=(0, ""))
-    return last, end
-
-
-def _ids_behind(tokenizer, special: str, text: str) -> list[int]:
-    "The tokens of a text as it stands behind a special token: SentencePiece puts a blank before the first word of a text, and only there."
-    ids = tokenizer(special + text, add_special_tokens=False).input_ids
-    return ids[1:] if special else ids
-
-
 @dataclass
 class _Segmented:
-    "A row's tokens behind the image's special tokens, and how many at the end are the answer's."
+    "A row's tokens behind the image's mark, and how many at the end are the answer's."
     row: Row
-    text: str
+    item: int
+    prompt: str
     tail: list[int]
     n_answer: int
 
+    @property
+    def asked(self) -> list[int]:
+        "Of the tail, what is the prompt's."
+        return self.tail[:len(self.tail) - self.n_answer]
+
+
+def _segmented(encoder: Encoder, row: Row, item: int, prompt: str, ids: list[int], n_answer: int) -> _Segmented:
+    mark = encoder.template.write.mark
+    if not encoder.template.image_first: raise CannotPack("the chat template puts the image behind the question")
+    if not mark or ids.count(place := encoder.processor.tokenizer.convert_tokens_to_ids(mark)) != 1:
+        raise CannotPack(f"the tokenizer does not keep {mark or 'the image'} as one token")
+    return _Segmented(row, item, prompt, ids[ids.index(place) + 1:], n_answer)
+
+
+def _in_front(encoder: Encoder, row: _Segmented) -> tuple[int, ...] | None:
+    "The tokens that the processor puts in front of a prompt's own, for a blank picture; None where it doesn't end with them."
+    ids = encoder.reader.ids(row.prompt).tolist()
+    n = len(ids) - len(row.asked)
+    return tuple(ids[:n]) if ids[n:] == row.asked else None
+
 # %% ../nbs/10_packing.ipynb #cell020
+@dataclass
+class _Inputs:
+    "What a processor makes of one prompt."
+    ids: list[int]
+    image: dict[str, torch.Tensor]      # the image's inputs
+    per_token: dict[str, torch.Tensor]  # [T, ...] inputs with an entry a token
+
+
+def _inputs(encoder: Encoder, row: _Segmented) -> _Inputs:
+    inputs = encoder.call([row.prompt], [row.row.item.image], "right")
+    ids = inputs.pop("input_ids")[0].tolist()
+    for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
+    per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
+    return _Inputs(ids, {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()})
+
+
+def _headed(encoder: Encoder, group: list[_Segmented]) -> Iterator[tuple[list[_Segmented], list[int], _Inputs]]:
+    "Rows about one image, in lots that share it: the rows, the tokens in front of their tails, and the image's inputs."
+    for lot in _grouped(group, lambda s: _in_front(encoder, s) or s.row.item.question):
+        inputs = _inputs(encoder, lot[0])
+        n = len(inputs.ids) - len(lot[0].asked)
+        if inputs.ids[n:] == lot[0].asked: yield lot, inputs.ids[:n], inputs
+        else: yield from (_by_processor(encoder, same) for same in _grouped(lot, lambda s: s.row.item.question))
+
+
+def _by_processor(encoder: Encoder, same: list[_Segmented]) -> tuple[list[_Segmented], list[int], _Inputs]:
+    "Rows with one question, behind the tokens that the processor makes of it."
+    inputs = _inputs(encoder, same[0])
+    return [replace(s, tail=inputs.ids + s.tail[len(s.asked):]) for s in same], [], inputs
+
+
+def _grouped(rows: list, key) -> list[list]:
+    groups = {}
+    for row in rows: groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+# %% ../nbs/10_packing.ipynb #cell021
 @dataclass
 class Packer:
     "Rows to packed rows, by any processor that puts the image before the question."
     encoder: Encoder
     row_tokens: int = 3072   # an image whose rows are longer together becomes several packed rows
 
-    def _segmented(self, row: Row) -> _Segmented:
-        prompt, answer, n = self.encoder.texts(row.item.question, row.answer)
-        return self._cut(row, prompt, answer, n)
-
-    def _cut(self, row: Row, prompt: str, answer: str, n_answer: int) -> _Segmented:
-        tok = self.encoder.processor.tokenizer
-        text, (special, start) = prompt + answer, _behind_image(tok, prompt, row.item.question)
-        if (mark := getattr(self.encoder.processor, "image_token", None)) and mark in text[start:]:
-            raise CannotPack("the chat template puts the image behind the question")
-        return _Segmented(row, text, _ids_behind(tok, special, text[start:]), n_answer)
-
-    def _head(self, first: _Segmented) -> tuple[list[int], dict, dict]:
-        "The tokens in front of `first.tail`, the image's inputs, and inputs with an entry a token."
-        inputs = self.encoder.call([first.text], [first.row.item.image], "right")
-        ids = inputs.pop("input_ids")[0].tolist()
-        if ids[len(ids) - len(first.tail):] != first.tail:
-            raise CannotPack("the processor changes the text behind the image, or tokenizes it by what is before it")
-        for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
-        per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
-        return ids[:len(ids) - len(first.tail)], {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()}
-
     def pack(self, rows: list[Row], items: list[int] | None = None) -> list[PackedRow]:
         "Packed rows in order of the images' first appearance; raises `SafeEraserError` for a row longer than the model's context."
-        by_image = {}
+        made = []
         for row, item in zip(rows, items or [-1] * len(rows)):
-            by_image.setdefault(row.item.image, []).append((self._segmented(row), item))
-        return [packed for group in by_image.values() for packed in self._pack_image(group)]
+            with about(row): text = self.encoder.text(row.item.question, row.answer)
+            made.append(_segmented(self.encoder, row, item, text.prompt, text.ids.tolist(), text.n_answer))
+        return self._by_image(made)
 
     def pack_prompts(self, items: list[Item]) -> list[PackedRow]:
         "One row an image, its segments the prompts up to where the model is to speak; `items` numbers them."
-        by_image = {}
+        tok, made = self.encoder.processor.tokenizer, []
         for n, item in enumerate(items):
-            segmented = self._cut(Row("forget", item, ""), self.encoder.prompt(item.question), "", 0)
-            by_image.setdefault(item.image, []).append((segmented, n))
-        return [packed for group in by_image.values() for packed in replace(self, row_tokens=2**62)._pack_image(group)]
+            prompt = self.encoder.prompt(item.question)
+            made.append(_segmented(self.encoder, Row("forget", item, ""), n, prompt, tok(prompt, add_special_tokens=False).input_ids, 0))
+        return replace(self, row_tokens=2**62)._by_image(made)
 
-    def _pack_image(self, group: list[tuple[_Segmented, int]]) -> Iterator[PackedRow]:
-        head, image, per_token = self._head(group[0][0])
-        for segmented, _ in group: self.encoder.check_length(segmented.row, len(head) + len(segmented.tail))
-        shared = _common_prefix([s.tail[:len(s.tail) - s.n_answer - 1] for s, _ in group])
-        for part in _fill(_units(group), len(head) + shared, shared, self.row_tokens):
-            yield _packed_row(part, head, shared, image, per_token)
+    def _by_image(self, made: list[_Segmented]) -> list[PackedRow]:
+        by_image = _grouped(made, lambda s: s.row.item.image)
+        return [packed for group in by_image for lot in _headed(self.encoder, group) for packed in self._laid_out(*lot)]
 
-# %% ../nbs/10_packing.ipynb #cell021
-def _common_prefix(lists: list[list[int]]) -> int:
-    "Length of the longest beginning that all lists have in common."
-    return next((n for n, tokens in enumerate(zip(*lists)) if len(set(tokens)) > 1), min(map(len, lists)))
+    def _laid_out(self, group: list[_Segmented], head: list[int], inputs: _Inputs) -> Iterator[PackedRow]:
+        for s in group: self.encoder.check_length(s.row, len(head) + len(s.tail))
+        shared = common_prefix([s.asked[:-1] for s in group])
+        for part in _fill(_units(group), len(head) + shared, shared, self.row_tokens): yield _packed_row(part, head, shared, inputs)
 
-
-def _units(group: list) -> list[list]:
+# %% ../nbs/10_packing.ipynb #cell022
+def _units(group: list[_Segmented]) -> list[list[_Segmented]]:
     "Segments that must share a row: an item's harmful answer and its refusal, because one loss compares them."
     units = {}
-    for n, (segmented, item) in enumerate(group):
-        paired = segmented.row.kind in ("forget", "refusal") and item >= 0
-        units.setdefault(item if paired else f"alone {n}", []).append((segmented, item))
+    for n, s in enumerate(group):
+        paired = s.row.kind in ("forget", "refusal") and s.item >= 0
+        units.setdefault(s.item if paired else f"alone {n}", []).append(s)
     return list(units.values())
 
 
-def _fill(units: list[list], prefix: int, shared: int, budget: int) -> Iterator[list]:
+def _fill(units: list, prefix: int, shared: int, budget: int) -> Iterator[list]:
     "Units dealt to rows of at most `budget` tokens, a row never empty."
     part, used = [], prefix
     for unit in units:
-        size = sum(len(s.tail) - shared for s, _ in unit)
+        size = sum(len(s.tail) - shared for s in unit)
         if part and used + size > budget:
             yield part
             part, used = [], prefix
         part, used = part + unit, used + size
     yield part
 
-# %% ../nbs/10_packing.ipynb #cell022
-def _packed_row(part: list, head: list[int], shared: int, image: dict, per_token: dict) -> PackedRow:
+# %% ../nbs/10_packing.ipynb #cell023
+def _packed_row(part: list[_Segmented], head: list[int], shared: int, inputs: _Inputs) -> PackedRow:
     "Prefix and segments laid out; an input that has an entry a token goes on as it was at the end of the first row."
-    ids = head + part[0][0].tail[:shared]
+    ids = head + part[0].tail[:shared]
     labels, lengths = [-100] * len(ids), [len(ids)]
-    for segmented, item in part:
-        own, n = segmented.tail[shared:], segmented.n_answer
+    for s in part:
+        own, n = s.tail[shared:], s.n_answer
         ids, lengths = ids + own, lengths + [len(own)]
-        target = own[len(own) - n:] if item >= 0 else [-100] * n
+        target = own[len(own) - n:] if s.item >= 0 else [-100] * n
         labels += [-100] * (len(own) - n - 1) + target + [-100]
-    extended = {k: torch.cat([v[:lengths[0]], v[-1:].expand(len(ids) - lengths[0], *v.shape[1:])]) for k, v in per_token.items()}
-    return PackedRow(part[0][0].row.item.image_id, ids, lengths, labels, [s.row.kind for s, _ in part], [i for _, i in part], image, extended)
+    extended = {k: torch.cat([v[:lengths[0]], v[-1:].expand(len(ids) - lengths[0], *v.shape[1:])]) for k, v in inputs.per_token.items()}
+    return PackedRow(part[0].row.item.image_id, ids, lengths, labels, [s.row.kind for s in part], [s.item for s in part], inputs.image, extended)
 
-# %% ../nbs/10_packing.ipynb #cell028
+# %% ../nbs/10_packing.ipynb #cell029
 PASS_TOKENS = 1024  # tokens of short rows that share a forward pass, padding included
 
 
@@ -199,7 +221,7 @@ def passes(rows: list[PackedRow], tokens: int = PASS_TOKENS) -> Iterator[list[Pa
 
 def _shapes(row: PackedRow) -> dict: return {k: v.shape for k, v in row.image.items()}
 
-# %% ../nbs/10_packing.ipynb #cell029
+# %% ../nbs/10_packing.ipynb #cell030
 def stack_rows(rows: list[PackedRow],
                reference_kinds: tuple[str, ...] = ()  # kinds of which the vanilla model is asked
                ) -> dict:
@@ -230,7 +252,7 @@ def segment_names(row: PackedRow) -> list[str]:
 
 def _pad_first(x: torch.Tensor, size: int) -> torch.Tensor: return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
-# %% ../nbs/10_packing.ipynb #cell030
+# %% ../nbs/10_packing.ipynb #cell031
 def only(row: PackedRow, kinds: tuple[str, ...]) -> PackedRow | None:
     "The row with the segments of some kinds only; None where it has none."
     kept = [k for k, kind in enumerate(row.kinds) if kind in kinds]
@@ -250,7 +272,7 @@ def _number_items(kind: torch.Tensor, item: torch.Tensor) -> tuple[torch.Tensor,
         counts[k] = len(found)
     return numbered, counts
 
-# %% ../nbs/10_packing.ipynb #cell034
+# %% ../nbs/10_packing.ipynb #cell035
 def merge_attention(a: torch.Tensor, lse_a: torch.Tensor,  # [B, H, S, D] and [B, H, S]: attention over some keys, its log-sum-exp
                     b: torch.Tensor, lse_b: torch.Tensor   # the same over others
                     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +280,7 @@ def merge_attention(a: torch.Tensor, lse_a: torch.Tensor,  # [B, H, S, D] and [B
     lse = torch.logaddexp(lse_a, lse_b)
     return (a * (lse_a - lse).exp().unsqueeze(-1) + b * (lse_b - lse).exp().unsqueeze(-1)).to(a.dtype), lse
 
-# %% ../nbs/10_packing.ipynb #cell035
+# %% ../nbs/10_packing.ipynb #cell036
 def flash(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor, tuple]:
     "Attention [1, H, S, D], its log-sum-exp [1, H, S], and what a CUDA backward wants besides."
     if q.device.type == "cpu":
@@ -274,7 +296,7 @@ def flash_backward(grad, q, k, v, out, lse, more: tuple, causal: bool, scale: fl
     cum_q, cum_k, max_q, max_k, *seed = more
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, *seed, scale=scale)
 
-# %% ../nbs/10_packing.ipynb #cell039
+# %% ../nbs/10_packing.ipynb #cell040
 def _parts(lengths: list[int]) -> tuple[slice, slice, list[slice]]:
     "Prefix, everything behind it, and each segment, as slices of a row."
     edges = torch.tensor(lengths).cumsum(0).tolist()
@@ -313,7 +335,7 @@ class SplitAttention(torch.autograd.Function):
         dq[:, :, rest] += dq_across
         return dq, dk, dv, None, None
 
-# %% ../nbs/10_packing.ipynb #cell043
+# %% ../nbs/10_packing.ipynb #cell044
 SPLIT = "safeeraser_split"  # the name under which transformers knows the split route
 
 
@@ -329,7 +351,7 @@ class Rows:
         rows = [SplitAttention.apply(q[b:b + 1, :, :sum(n)], k[b:b + 1, :, :sum(n)], v[b:b + 1, :, :sum(n)], n, scale) for b, n in enumerate(self.lengths)]
         return torch.cat([pad(r, (0, 0, 0, q.shape[2] - r.shape[2])) for r in rows])
 
-# %% ../nbs/10_packing.ipynb #cell044
+# %% ../nbs/10_packing.ipynb #cell045
 def split_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, packed=None, **kwargs):
     "An attention function for transformers; `packed` says how the rows are laid out, None: not at all."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -347,7 +369,7 @@ def register_split():
     AttentionInterface.register(SPLIT, split_attention)
     AttentionMaskInterface.register(SPLIT, sdpa_mask)
 
-# %% ../nbs/10_packing.ipynb #cell046
+# %% ../nbs/10_packing.ipynb #cell047
 ROUTES = ("split", "flex", "dense")  # flex needs a GPU
 
 
@@ -375,7 +397,7 @@ def use_route(model, route: str):
     register_split()
     set_attention(model, {"split": SPLIT, "flex": "flex_attention", "dense": "sdpa"}[route])
 
-# %% ../nbs/10_packing.ipynb #cell047
+# %% ../nbs/10_packing.ipynb #cell048
 def position_ids(model, batch: dict) -> torch.Tensor:
     "Positions as the model counts them: own positions, [B, S], or three of each, [3, B, S], where it counts rows and columns of an image."
     core = unwrapped(model).model
@@ -390,7 +412,7 @@ def _three_positions(core, batch: dict, b: int) -> torch.Tensor:
     behind = prefix.max() + 1 + batch["position"][b, n:] - n
     return torch.cat([prefix, behind.expand(3, 1, -1)], 2)
 
-# %% ../nbs/10_packing.ipynb #cell048
+# %% ../nbs/10_packing.ipynb #cell049
 _LAYERS = {"full_attention", "sliding_attention"}  # types of layer that `packing_mask` can express
 
 
@@ -409,7 +431,7 @@ def _blocks(batch: dict) -> torch.Tensor | None:
     starts = (marks == 1) & (pad(marks[:, :-1], (1, 0)) != 1)
     return torch.where(marks == 1, starts.cumsum(1), -1)
 
-# %% ../nbs/10_packing.ipynb #cell049
+# %% ../nbs/10_packing.ipynb #cell050
 def check_plain_causal(model, batch: dict, longest: int | None = None  # tokens of the longest row of its own; default: that of the batch
                        ):
     "Raise `CannotPack` where a token sees more or less than what is before it, which the split route takes for granted."
@@ -442,7 +464,7 @@ def _block_mask(seen: torch.Tensor):
     look = lambda b, h, q, k: seen[b, 0, q, k]
     return create_block_mask(look, len(seen), None, seen.shape[2], seen.shape[3], device=seen.device)
 
-# %% ../nbs/10_packing.ipynb #cell050
+# %% ../nbs/10_packing.ipynb #cell051
 def packed_log_probs(model, batch: dict, route: str) -> torch.Tensor:
     "Log-distributions [N, V] (float32) that predict the labels of a packed batch, row after row."
     keep = batch["labels"] != -100
@@ -451,7 +473,7 @@ def packed_log_probs(model, batch: dict, route: str) -> torch.Tensor:
                    **batch["image"], **batch["per_token"], **packed_masks(model, batch, route)).logits
     return log_softmax(logits[keep[:, columns]].float(), dim=-1)
 
-# %% ../nbs/10_packing.ipynb #cell055
+# %% ../nbs/10_packing.ipynb #cell056
 @dataclass(frozen=True)
 class Verdict:
     "What the check found."
@@ -462,7 +484,7 @@ class Verdict:
 
     def __str__(self): return f"images shared: {self.route or 'no'} ({self.why})"
 
-# %% ../nbs/10_packing.ipynb #cell056
+# %% ../nbs/10_packing.ipynb #cell057
 SHORT_ROW = 512  # tokens; a mask over rows shorter than this is cheaper than a kernel call a segment
 
 
@@ -473,14 +495,17 @@ def preferred_routes(model, encoder: Encoder, rows: list[Row]) -> tuple[str, ...
     except CannotPack: short = True
     return ("dense", "split", *flex) if short else ("split", *flex, "dense")
 
-# %% ../nbs/10_packing.ipynb #cell057
+# %% ../nbs/10_packing.ipynb #cell058
 _TOLERANCE = {"log-probability": {torch.float32: 1e-4, torch.bfloat16: .06, torch.float16: .02},  # in nats
               "gradient": {torch.float32: 1e-3, torch.bfloat16: .1, torch.float16: .05}}            # relative
 
 
 def tolerance(model, of: str = "log-probability") -> float:
-    "What rounding may make of it, in the model's precision."
-    return _TOLERANCE[of].get(next(unwrapped(model).parameters()).dtype, _TOLERANCE[of][torch.float32])
+    "What rounding may make of it, in the precision that the model computes in: 16 bits where its weights have 4."
+    base, device = unwrapped(model), next(model.parameters()).device.type
+    dtype = torch.bfloat16 if getattr(base, "is_quantized", False) else next(base.parameters()).dtype
+    if torch.is_autocast_enabled(device): dtype = torch.get_autocast_dtype(device)
+    return _TOLERANCE[of].get(dtype, _TOLERANCE[of][torch.float32])
 
 
 def check_packing(model, encoder: Encoder,
@@ -509,13 +534,14 @@ def check_packing(model, encoder: Encoder,
     finally:
         model.train(training)
 
-# %% ../nbs/10_packing.ipynb #cell058
+# %% ../nbs/10_packing.ipynb #cell059
 FAILURES = (CannotPack, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
 def in_precision(model):
-    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32."
+    "`with in_precision(model):` compute as the trainer does: a model in 16 bits beside trained weights in 32; a caller's own autocast stays."
     dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device): return nullcontext()
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
@@ -555,9 +581,18 @@ def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
     return (first - second).abs().max().item() > max(1e-3, tolerance(model))
 
 
+def _check_shared(packed: list[PackedRow], rows: list[Row]):
+    "Raise `CannotPack` where several questions are asked about an image and no two of them share it."
+    asked = lambda some: {(r.item.image, r.item.question) for r in some}
+    if len(asked(rows)) > len({r.item.image for r in rows}) and all(len(asked(rows[i] for i in p.items)) == 1 for p in packed):
+        raise CannotPack("the processor reads each question about an image in a way of its own")
+
+
 def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
     use_route(model, route)
-    batches = list(passes(Packer(encoder).pack(rows, list(range(len(rows))))))
+    packed = Packer(encoder).pack(rows, list(range(len(rows))))
+    _check_shared(packed, rows)
+    batches = list(passes(packed))
     def compute():
         stacked = [to_device(stack_rows(b), next(model.parameters()).device) for b in batches]
         return torch.cat([packed_log_probs(model, b, route).gather(1, b["labels"][b["labels"] != -100].unsqueeze(1)).squeeze(1) for b in stacked])
@@ -567,7 +602,7 @@ def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: to
     relative = (found - gradient).norm() / gradient.norm().clamp_min(1e-12) if len(gradient) else torch.zeros(())
     return (logp - expected).abs().max().item(), relative.item()
 
-# %% ../nbs/10_packing.ipynb #cell065
+# %% ../nbs/10_packing.ipynb #cell066
 @dataclass
 class PackedCollator:
     "Slots' rows to the forward passes of a step: `passes`, `n_items` [4] and `composition`."

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'ABOUT', 'OUTCOMES', 'BREAKDOWNS', 'TERM_NAMES', 'method_name', 'caption', 'in_order', 'results_table',
-           'table_html', 'pd_table', 'method_colour', 'sarr_figure', 'tradeoff_figure', 'outcome', 'outcome_shares',
-           'outcome_figure', 'breakdown', 'breakdown_figure', 'breakdown_explorer', 'training_figure', 'answers_html',
-           'explorer', 'examples_figure', 'speed_figure', 'growth_figure', 'levers_figure', 'example_pairs',
-           'examples_html', 'headline', 'report_figures', 'report_page']
+           'unscored_text', 'footnotes', 'table_html', 'pd_table', 'method_colour', 'sarr_figure', 'tradeoff_figure',
+           'outcome', 'outcome_shares', 'outcome_figure', 'breakdown', 'breakdown_figure', 'breakdown_explorer',
+           'training_figure', 'answers_html', 'explorer', 'examples_figure', 'speed_figure', 'growth_figure',
+           'levers_figure', 'example_pairs', 'examples_html', 'headline', 'report_figures', 'report_page']
 
 # %% ../nbs/08_plot.ipynb #cell003
 import base64, html, io, json, re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
@@ -21,9 +21,10 @@ import plotly.graph_objects as go
 from plotly.io import templates
 from plotly.subplots import make_subplots
 
+from .core import SafeEraserError, told
 from .data import load_image
 from .judge import instruction_of
-from .metrics import measure, MEASURES, pd_effect, plus_pd, spread, without_pd
+from .metrics import decoupled, image_below, measure, MEASURES, pd_effect, plus_pd, Rate, spread, without_pd
 
 # %% ../nbs/08_plot.ipynb #cell010
 NAMES = {"base": "vanilla", "gold": "gold"}
@@ -46,7 +47,7 @@ def caption(methods: Iterable[str],  # those in the figure
     "The methods' names explained, one after the other; a spelling of one's own explains itself."
     methods = in_order(methods)
     known = [f"{method_name(m)}: {ABOUT[m]}" for m in dict.fromkeys(map(without_pd, methods)) if m in ABOUT]
-    if any(m != without_pd(m) for m in methods): known.append(f"PD: {_PD}")
+    if decoupled([{"method": m} for m in methods]): known.append(f"PD: {_PD}")
     return "\n".join(filter(None, ["; ".join(known), more]))
 
 # %% ../nbs/08_plot.ipynb #cell013
@@ -57,6 +58,9 @@ def in_order(methods: Iterable[str]  # with repetitions, as rows have them
     first = [m for m in ("base", "gold") if m in methods]
     rest = dict.fromkeys(without_pd(m) for m in methods if m not in first)
     return first + [m for base in rest for m in (base, plus_pd(base)) if m in methods]
+
+
+def _filled(method: str, with_pd: set[str]) -> bool: return method in with_pd or method in NAMES
 
 # %% ../nbs/08_plot.ipynb #cell017
 def _columns(rows: list[dict]) -> list[str]:
@@ -84,15 +88,39 @@ def results_table(results: dict  # the object of `results.json`
     text = ["  ".join([line[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]) for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
+# %% ../nbs/08_plot.ipynb #81733300
+def unscored_text(rows: list[dict]  # lines of results
+                  ) -> str:
+    "How many responses no rate counts, by measure and method; empty where all are counted."
+    told, never = [], []
+    for k, m in MEASURES.items():
+        total = lambda method, end: sum(r.get(f"{k}{end}") or 0 for r in rows if r["method"] == method)
+        open_ = {x: u for x in in_order(r["method"] for r in rows) if (u := total(x, "_unscored"))}
+        if open_ and all(r.get(k) is None for r in rows): never.append(m.title)
+        elif open_: told.append(f"{m.title} " + ", ".join(f"{u:,} of {u + total(x, '_n'):,} ({method_name(x)})" for x, u in open_.items()))
+    return "; ".join(told + ([f"{', '.join(never)}: none scored"] if never else []))
+
+
+def footnotes(results: dict  # the object of `results.json`
+              ) -> list[str]:
+    "What stands below the table."
+    rows, settings = results["rows"], results["settings"]
+    held_out = "; SARR h.o.: on families that unlearning never saw" if "sarr_held_out" in _columns(rows) else ""
+    lines = [f"percent; over several seeds mean (smallest-largest){held_out}", f"judge: {settings.get('judge') or 'unknown'}",
+             "intervals: 95%, with images as the units, Agresti and Coull's"]
+    if unscored := unscored_text(rows): lines.append(f"unscored, in no rate: {unscored}")
+    if left_out := settings.get("left_out"): lines.append(f"{left_out:,} responses left out: their questions were not asked of every run")
+    return lines
+
 # %% ../nbs/08_plot.ipynb #cell022
 def table_html(results: dict  # the object of `results.json`
                ) -> str:
     "The paper's table as HTML."
     rows = results["rows"]
-    shown = _columns(rows)
+    shown, with_pd = _columns(rows), decoupled(rows)
     head = "".join(f'<th title="{html.escape(MEASURES[k].help)}">{_heading(k)}</th>' for k in shown)
     line = lambda m: f'<td title="{html.escape(caption([m]))}">{html.escape(method_name(m))}</td>' + "".join(f"<td>{_cell(rows, m, k)}</td>" for k in shown)
-    body = "".join(f'<tr class="{"pd" if m != without_pd(m) or m in NAMES else ""}">{line(m)}</tr>' for m in in_order(r["method"] for r in rows))
+    body = "".join(f'<tr class="{"pd" if _filled(m, with_pd) else ""}">{line(m)}</tr>' for m in in_order(r["method"] for r in rows))
     return f'<div class="scroll"><table><tr><th>method</th>{head}</tr>{body}</table></div>'
 
 # %% ../nbs/08_plot.ipynb #cell026
@@ -124,7 +152,12 @@ def method_colour(method: str  # with or without +pd
     return _COLOURS.get(base) or _SPARE[sum(map(ord, base)) % len(_SPARE)]
 
 
-def _filled(method: str) -> bool: return method != without_pd(method) or method in NAMES
+def _plain(text: str, most: int = 200) -> str:
+    "A text from data as plotly shows it: tags are text, and no longer than a line or two."
+    return html.escape(text if len(text) <= most else text[:most - 1] + "…", quote=False)
+
+
+def _label(method: str) -> str: return _plain(method_name(method))
 
 # %% ../nbs/08_plot.ipynb #cell034
 _GRID = dict.fromkeys(("gridcolor", "zerolinecolor", "linecolor"), "rgba(128,128,128,.25)")  # faint on white and on black
@@ -134,7 +167,7 @@ _WIDE, _LINE = 125, 15  # characters of small print that fit into 760 pixels; pi
 
 def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", height: int = 300, **more) -> go.Figure:
     "Title, subtitle and caption around a plot of `height` pixels."
-    heads, subs, lines = (sum((wrap(line, width) for line in html.escape(text, quote=False).splitlines()), []) for text, width in ((title, 84), (subtitle, _WIDE), (below, _WIDE)))
+    heads, subs, lines = ([_plain(part) for line in text.splitlines() for part in wrap(line, width)] for text, width in ((title, 84), (subtitle, _WIDE), (below, _WIDE)))
     panels = max((1 + a.text.count("<br>") for a in fig.layout.annotations), default=0)  # lines of their titles
     top, foot = 34 + 20 * len(heads) + 17 * (len(subs) + panels), 12 + _LINE * len(lines)
     entries = sum(getattr(t, "showlegend", False) is not False for t in fig.data)  # tables have no legend
@@ -148,7 +181,7 @@ def _layout(fig: go.Figure, title: str, subtitle: str = "", below: str = "", hei
                              height=height + top + bottom, margin=dict(t=top, b=bottom, l=60, r=20), **more)
 
 # %% ../nbs/08_plot.ipynb #cell038
-_INTERVAL = "Error bars: 95% interval, images drawn anew"
+_INTERVAL = "Error bars: 95% interval over images (Agresti and Coull's)"
 
 
 def _error_bars(rows: list[dict]) -> str:
@@ -211,7 +244,7 @@ def _sarr_bars(rows: list[dict], name: str, pd: bool) -> go.Bar:
     methods = [plus_pd(m) if pd else m for m in _pairs(rows, name)]
     found = [_interval(rows, m, name) for m in methods]
     return go.Bar(name=f"{'with' if pd else 'without'} prompt decoupling (PD)", legendgroup=str(pd), showlegend=name == "sarr",
-                  x=[method_name(without_pd(m)) for m in methods], y=[f[0] for f in found], error_y=_bars(found),
+                  x=[_label(without_pd(m)) for m in methods], y=[f[0] for f in found], error_y=_bars(found),
                   marker=dict(color=[method_colour(m) for m in methods], pattern_shape="" if pd else "/", pattern_fgcolor="white"),
                   text=[f"{f[0]:.0f}" + "<br> " * (1 + int(f[2] / 6)) for f in found], textposition="outside", cliponaxis=False,  # an empty line for every 6% clears the error bar
                   hovertext=[_hover(rows, m) for m in methods], hoverinfo="text")
@@ -240,13 +273,13 @@ def _sarr_title(rows: list[dict]) -> str:
 def tradeoff_figure(results: dict  # the object of `results.json`
                     ) -> go.Figure:
     "What a method still tells (down is better) against what it still knows (right is better)."
-    rows, fig = results["rows"], go.Figure()
+    rows, fig, with_pd = results["rows"], go.Figure(), decoupled(results["rows"])
     beside = cycle(("top center", "bottom center", "top right", "bottom right"))  # neighbours' names then rarely overlap
     shown = [m for m in in_order(r["method"] for r in rows) if spread(rows, m, "utility_accuracy") and spread(rows, m, "asr_generality")]
     for m in shown:
         x, y = _interval(rows, m, "utility_accuracy"), _interval(rows, m, "asr_generality")
-        fig.add_scatter(x=[x[0]], y=[y[0]], name=method_name(m), mode="markers+text", text=[method_name(m)], textposition=next(beside),
-                        marker=dict(size=13, color=method_colour(m), symbol="circle" if _filled(m) else "circle-open", line_width=2),
+        fig.add_scatter(x=[x[0]], y=[y[0]], name=_label(m), mode="markers+text", text=[_label(m)], textposition=next(beside),
+                        marker=dict(size=13, color=method_colour(m), symbol="circle" if _filled(m, with_pd) else "circle-open", line_width=2),
                         error_x=_bars([x]), error_y=_bars([y]), hovertext=[_hover(rows, m)], hoverinfo="text")
     return _layout(fig, _tradeoff_title(rows, shown), "best is bottom right; over-forgetting does not show here, for the harmless questions are worded differently: see SARR",
                    caption(shown, _error_bars([r for r in rows if r["method"] in shown])), showlegend=False,
@@ -260,24 +293,27 @@ def _tradeoff_title(rows: list[dict], methods: list[str]) -> str:
     return f"Kept and told: {', '.join(ends)}" if ends else "What is still told, against what is still known"
 
 # %% ../nbs/08_plot.ipynb #cell068
-OUTCOMES = {"right": "#009E73", "fluent but wrong": "#E69F00", "gibberish": "#999999", "refusal": "#D55E00"}
+OUTCOMES = {"right": "#009E73", "fluent but wrong": "#E69F00", "answered, rightness not judged": "#F0E442", "gibberish": "#999999", "refusal": "#D55E00",
+            "no normal answer, kind not judged": "#CC79A7", "not judged": "#DDDDDD"}
+_ANSWERED = ("right", "fluent but wrong", "answered, rightness not judged")
 
 
 def outcome(row: dict,             # a judged response
             judge: str = "exact"   # whose verdicts count
-            ) -> str | None:
-    "What became of a response: a key of `OUTCOMES`; None where the judge cannot tell."
-    says = {q: v["value"] for q, v in row["verdicts"].get(judge, {}).items() if "value" in v}  # beside them stands how the judge did on the known labels
-    if None in (says.get("refusal"), says.get("meaningful")): return None
-    if says["refusal"]: return "refusal"
-    if not says["meaningful"]: return "gibberish"
-    return {True: "right", False: "fluent but wrong"}.get(says.get("correct"))
+            ) -> str:
+    "What became of a response: a key of `OUTCOMES`, as far as the judge can tell."
+    says = row["verdicts"].get(judge, {})
+    refusal, meaningful, correct = (says.get(q, {}).get("value") for q in ("refusal", "meaningful", "correct"))
+    if refusal: return "refusal"
+    if meaningful: return {True: "right", False: "fluent but wrong", None: "answered, rightness not judged"}[correct]
+    if meaningful is None: return "not judged"
+    return "no normal answer, kind not judged" if refusal is None else "gibberish"
 
 # %% ../nbs/08_plot.ipynb #cell069
 def outcome_shares(rows: list[dict],      # judged responses
                    judge: str = "exact") -> dict[str, float]:
-    "Share of each outcome among the responses that the judge could place; empty where there is none."
-    found = Counter(o for o in (outcome(r, judge) for r in rows) if o)
+    "Share of each outcome among all responses; empty where there is none."
+    found = Counter(outcome(r, judge) for r in rows)
     return {o: found[o] / found.total() for o in OUTCOMES} if found else {}
 
 # %% ../nbs/08_plot.ipynb #cell074
@@ -291,34 +327,45 @@ def outcome_figure(rows: list[dict],       # judged responses of several methods
     methods = in_order(r["method"] for r in rows)
     shares = {s: _shares_by_method(rows, s, judge) for s in _PANELS}
     shares = {s: by for s, by in shares.items() if by}
+    present = [o for o in OUTCOMES if any(s[o] for by in shares.values() for s in by.values())]
     fig = make_subplots(1, max(1, len(shares)), subplot_titles=[_PANELS[s] for s in shares], shared_yaxes=True, horizontal_spacing=.04)
     for column, by in enumerate(shares.values(), 1):
-        for trace in _outcome_bars(by): fig.add_trace(trace.update(showlegend=column == 1), row=1, col=column)
+        for trace in _outcome_bars(by, present): fig.add_trace(trace.update(showlegend=column == 1), row=1, col=column)
     fig.update_annotations(font_size=13).update_xaxes(title="share of answers, %", range=[0, 100]).update_yaxes(autorange="reversed")
-    return _layout(fig, *_outcome_title(shares), caption(methods, "Right: as the exact judge knows it"), barmode="stack")
+    return _layout(fig, *_outcome_title(shares), caption(methods, f"Shares of all responses; right or wrong as the judge {judge} says"), barmode="stack")
 
 # %% ../nbs/08_plot.ipynb #cell075
 def _shares_by_method(rows: list[dict], split: str, judge: str) -> dict[str, dict[str, float]]:
-    asked = [r for r in rows if (r["set"], r["split"]) == ("decouple", split)]
-    found = {m: outcome_shares([r for r in asked if r["method"] == m], judge) for m in in_order(r["method"] for r in asked)}
-    return {m: s for m, s in found.items() if s}
+    by = _grouped((r for r in rows if (r["set"], r["split"]) == ("decouple", split)), lambda r: r["method"])
+    return {m: outcome_shares(by[m], judge) for m in in_order(by)}
 
 
-def _outcome_bars(shares: dict[str, dict[str, float]]) -> list[go.Bar]:
+def _grouped(rows: Iterable[dict], key: Callable) -> dict:
+    "Rows by what `key` says of them, in order of appearance."
+    groups = {}
+    for r in rows: groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def _outcome_bars(shares: dict[str, dict[str, float]], present: list[str]) -> list[go.Bar]:
     "A trace an outcome, stacked."
-    return [go.Bar(x=[100 * s[name] for s in shares.values()], y=[method_name(m) for m in shares], name=name, orientation="h", marker_color=colour, legendgroup=name,
+    return [go.Bar(x=[100 * s[name] for s in shares.values()], y=[_label(m) for m in shares], name=name, orientation="h", marker_color=OUTCOMES[name], legendgroup=name,
                    customdata=["<br>".join(wrap(caption([m]), 60)) for m in shares], hovertemplate="<b>%{y}</b>: %{x:.1f}% " + name + "<br>%{customdata}<extra></extra>")
-            for name, colour in OUTCOMES.items()]
+            for name in present]
 
 # %% ../nbs/08_plot.ipynb #cell076
 def _outcome_title(shares: dict[str, dict]) -> tuple[str, str]:
-    "Title and subtitle, from the last panel: who is right most and least often, and how often these answer at all."
-    if not shares: return "No response here has been judged right or wrong", ""
-    split, by = list(shares.items())[-1]
-    by = {m: s for m, s in by.items() if m != without_pd(m)} or {m: s for m, s in by.items() if m not in NAMES} or by
-    ends = list(dict.fromkeys((max(by, key=lambda m: by[m]["right"]), min(by, key=lambda m: by[m]["right"]))))
-    told = lambda *kinds: ", ".join(f"{100 * sum(by[m][k] for k in kinds):.0f}% after {method_name(m)}" for m in ends)
-    return f"Right answers on {_PANELS[split]}: {told('right')}", f"answered at all, right or wrong: {told('right', 'fluent but wrong')}"
+    "Title and subtitle, from the last panel: who is right most and least often, and how often these answer at all; methods whose version with PD is here are left to that."
+    decided = {s: by for s, by in shares.items() if any(told["not judged"] < 1 for told in by.values())}
+    if not decided: return "No response here has been judged right or wrong", ""
+    split, by = list(decided.items())[-1]
+    by = {m: s for m, s in by.items() if m not in NAMES and plus_pd(m) not in by} or by
+    kinds = ("right",) if any(s["right"] or s["fluent but wrong"] for s in by.values()) else _ANSWERED
+    level = {m: sum(s[k] for k in kinds) for m, s in by.items()}
+    ends = dict.fromkeys((max(level, key=level.get), min(level, key=level.get)))
+    said = lambda *kinds: ", ".join(f"{100 * sum(by[m][k] for k in kinds):.0f}% after {method_name(m)}" for m in ends)
+    if kinds == _ANSWERED: return f"Answered on {_PANELS[split]}: {said(*kinds)}", "whether the answers are right has not been judged"
+    return f"Right answers on {_PANELS[split]}: {said('right')}", f"answered at all: {said(*_ANSWERED)}"
 
 # %% ../nbs/08_plot.ipynb #cell080
 def _category(row: dict) -> str:
@@ -336,10 +383,19 @@ def breakdown(rows: list[dict],      # judged responses of several methods
               by: str = "instruction",  # a key of `BREAKDOWNS`
               judge: str = "exact") -> dict[str, dict]:
     "A `Rate` for each method and group that has scored responses: {method: {group: rate}}."
-    key, asked = BREAKDOWNS[by], [r for r in rows if (r["set"], r["split"]) == (MEASURES[name].set, MEASURES[name].split)]
-    groups = sorted({key(r) for r in asked})
-    found = {m: {g: measure([r for r in asked if r["method"] == m and key(r) == g], name, judge) for g in groups} for m in in_order(r["method"] for r in asked)}
-    return {m: {g: rate for g, rate in of.items() if rate.n} for m, of in found.items()}
+    m = MEASURES[name]
+    asked = _grouped((r for r in rows if (r["set"], r["split"]) == (m.set, m.split)), lambda r: (r["method"], BREAKDOWNS[by](r)))
+    found = {method: {} for method in in_order(method for method, _ in asked)}
+    for method, group in sorted(asked): found[method][group] = measure(asked[method, group], name, judge)
+    return {method: {g: rate for g, rate in of.items() if rate.n} for method, of in found.items()}
+
+
+def _largest(found: dict[str, dict[str, Rate]], most: int = 40) -> dict[str, dict[str, Rate]]:
+    "The groups with most responses, as many as a figure has room for, in their order."
+    size = Counter()
+    for of in found.values(): size.update({g: rate.n for g, rate in of.items()})
+    kept = {g for g, _ in size.most_common(most)}
+    return {m: {g: rate for g, rate in of.items() if g in kept} for m, of in found.items()}
 
 # %% ../nbs/08_plot.ipynb #cell085
 def breakdown_figure(rows: list[dict], name: str = "sarr",   # a key of `MEASURES`
@@ -347,13 +403,15 @@ def breakdown_figure(rows: list[dict], name: str = "sarr",   # a key of `MEASURE
                      methods: list[str] | None = None,       # default: all in `rows`
                      judge: str = "exact") -> go.Figure:
     "One measure taken apart, a group of bars for each category or instruction."
-    found = {m: of for m, of in breakdown(rows, name, by, judge).items() if of and (methods is None or m in methods)}
-    fig = go.Figure()
+    every = {m: of for m, of in breakdown(rows, name, by, judge).items() if of and (methods is None or m in methods)}
+    found, groups = _largest(every), {g for of in every.values() for g in of}
+    cut = f"; the 40 of {len(groups):,} groups that have most responses" if len(groups) > 40 else ""
+    fig, with_pd = go.Figure(), decoupled(rows)
     for m, of in found.items():
-        fig.add_bar(name=method_name(m), x=list(of), y=[100 * r.value for r in of.values()], error_y=_bars([(0, 100 * (r.value - r.lo), 100 * (r.hi - r.value)) for r in of.values()]),
-                    marker=dict(color=method_colour(m), pattern_shape="" if _filled(m) else "/"), customdata=[r.n for r in of.values()],
+        fig.add_bar(name=_label(m), x=[_plain(g, 60) for g in of], y=[100 * r.value for r in of.values()], error_y=_bars([(0, 100 * (r.value - r.lo), 100 * (r.hi - r.value)) for r in of.values()]),
+                    marker=dict(color=method_colour(m), pattern_shape="" if _filled(m, with_pd) else "/"), customdata=[r.n for r in of.values()],
                     hovertemplate="%{x}: %{y:.1f}% of %{customdata} responses")
-    return _layout(fig, _breakdown_title(found, name, by), f"{MEASURES[name].help}; {'high' if MEASURES[name].higher_is_better else 'low'} is better",
+    return _layout(fig, _breakdown_title(found, name, by), f"{MEASURES[name].help}; {'high' if MEASURES[name].higher_is_better else 'low'} is better{cut}",
                    caption(found, _INTERVAL), barmode="group", xaxis_title=by, yaxis=dict(title=f"{MEASURES[name].title}, %", range=[0, 105]))
 
 # %% ../nbs/08_plot.ipynb #cell086
@@ -363,7 +421,7 @@ def _breakdown_title(found: dict[str, dict], name: str, by: str) -> str:
     most = max(found, key=apart)
     if not apart(most): return f"{MEASURES[name].title} by {by}: {method_name(most) if len(found) == 1 else 'every method'} has one and the same rate throughout"
     lo, hi = (pick(found[most], key=lambda g: found[most][g].value) for pick in (min, max))
-    return f"{MEASURES[name].title} by {by}: {method_name(most)} varies most, {100 * found[most][lo].value:.0f}% ({lo}) to {100 * found[most][hi].value:.0f}% ({hi})"
+    return f"{MEASURES[name].title} by {by}: {method_name(most)} varies most, {100 * found[most][lo].value:.0f}% ({lo:.60}) to {100 * found[most][hi].value:.0f}% ({hi:.60})"
 
 # %% ../nbs/08_plot.ipynb #cell090
 def breakdown_explorer(rows: list[dict],      # judged responses of several methods
@@ -371,10 +429,12 @@ def breakdown_explorer(rows: list[dict],      # judged responses of several meth
     "Dropdowns for measure, breakdown and method over a figure that follows them."
     import ipywidgets as widgets
     methods, out, asked = in_order(r["method"] for r in rows), widgets.Output(), {(r["set"], r["split"]) for r in rows}
-    pick = [widgets.Dropdown(description="measure", options=[(m.title, k) for k, m in MEASURES.items() if (m.set, m.split) in asked], value="sarr"),
+    measures = {k: m.title for k, m in MEASURES.items() if (m.set, m.split) in asked} or {"sarr": MEASURES["sarr"].title}
+    first = "sarr" if "sarr" in measures else next(iter(measures))
+    pick = [widgets.Dropdown(description="measure", options=[(title, k) for k, title in measures.items()], value=first),
             widgets.Dropdown(description="by", options=list(BREAKDOWNS), value="instruction"),
             widgets.Dropdown(description="method", options=[("all", None)] + [(method_name(m), m) for m in methods])]
-    view = go.FigureWidget(breakdown_figure(rows, judge=judge))
+    view = go.FigureWidget(breakdown_figure(rows, first, judge=judge))
 
     @out.capture()
     def redraw(*_):
@@ -396,10 +456,11 @@ TERM_NAMES = {"ga": "forget (ascent: lower is further away)", "idk": "forget (an
 def training_figure(run: dict  # a record written by `unlearn`
                     ) -> go.Figure:
     "The run's terms over the optimizer's steps."
-    steps, terms = [h for h in run["history"] if "loss" in h], list(run["objective"])
-    fig = go.Figure([go.Scatter(x=[h["step"] for h in steps], y=[h[t] for h in steps], name=TERM_NAMES.get(t, t)) for t in terms])
+    steps = [h for h in run["history"] if "loss" in h]
+    terms = [t for t in run["objective"] if all(t in h for h in steps)]
+    fig = go.Figure([go.Scatter(x=[h["step"] for h in steps], y=[h[t] for h in steps], name=TERM_NAMES.get(t, _plain(t))) for t in terms])
     ends = ", ".join(f"{TERM_NAMES.get(t, t).split(' (')[0]} {steps[0][t]:.2f} to {steps[-1][t]:.2f}" for t in terms) if steps else "nothing logged"
-    return _layout(fig, f"{method_name(run['method'])}: {ends}", f"first to last logged value of each term, before its weight; {run['steps']} steps",
+    return _layout(fig, f"{method_name(run['method'])}: {ends}", f"first to last logged value of each term, before its weight; {run.get('steps', '?')} steps",
                    caption([run["method"]]), xaxis_title="optimizer step", yaxis_title="nats a token")
 
 # %% ../nbs/08_plot.ipynb #cell097
@@ -417,6 +478,13 @@ def _data_url(path: Path) -> str:
     load_image(path).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
+
+def _picture(path: Path | None,  # None: not below the data root
+             style: str = "") -> str:
+    try:
+        with told(path): return f'<img alt="" src="{_data_url(path)}"{style}>'
+    except SafeEraserError: return "<small>image not at hand</small>"
+
 # %% ../nbs/08_plot.ipynb #cell101
 _SETS = {"forget": "harmful image", "retain": "harmful image, harmless question", "decouple": "safe image"}
 
@@ -428,7 +496,7 @@ def answers_html(rows: list[dict],    # responses of several methods to one ques
     "One image, one question, and what every method says to it; everything escaped."
     first, order = rows[0], in_order(r["method"] for r in rows)
     blur = first["set"] == "forget" if blur is None else blur
-    picture = _hidden(f'<img alt="" src="{_data_url(Path(root)/first["image_id"])}" width="160" style="image-rendering:pixelated">', blur)
+    picture = _hidden(_picture(image_below(root, first["image_id"]), ' width="160" style="image-rendering:pixelated"'), blur)
     lines = [f'<tr><td style="padding-right:1em"><b>{html.escape(method_name(r["method"]))}</b></td><td>{_hidden(_said(r["response"]), blur)}</td></tr>'
              for r in sorted(rows, key=lambda r: order.index(r["method"]))]
     return (f'<div style="display:flex;gap:2em"><div><b>{_SETS[first["set"]]}</b><br>{picture}<p><i>{html.escape(first["question"])}</i></p></div>'
@@ -472,8 +540,7 @@ def _shade_of(row: dict | None, judge: str) -> str:
 
 
 def _short(row: dict | None, key: str = "response") -> str:
-    text = row[key] if row else ""
-    return html.escape(text if len(text) < 90 else text[:87] + "...")
+    return _plain(row[key] if row else "", 90)
 
 # %% ../nbs/08_plot.ipynb #cell112
 def _asked(rows: list[dict], set: str, n: int) -> list[dict[str, dict]]:
@@ -494,7 +561,7 @@ def examples_figure(rows: list[dict],      # judged responses of several methods
     cells = [[_short(next(iter(by.values())), "question") for by in picked]] + [[_short(r) for r in column] for column in columns]
     colours = [[_SHADES[None]] * len(picked)] + [[_shade_of(r, judge) for r in column] for column in columns]
     ink = [["#7f7f7f" if c == _SHADES[None] else "#222222" for c in column] for column in colours]  # readable on a shade in a dark page too
-    fig = go.Figure(go.Table(header=dict(values=["question", *map(method_name, methods)], align="left", font_color="#222222"),
+    fig = go.Figure(go.Table(header=dict(values=["question", *map(_label, methods)], align="left", font_color="#222222"),
                              cells=dict(values=cells, fill_color=colours, font_color=ink, align="left", height=44)))
     return _layout(fig, f"What each method says: {len(picked)} questions about {'safe' if set == 'decouple' else 'harmful'} images",
                    "green: the right answer; red: what was to be forgotten; no colour: neither, or not judged", caption(methods), 60 + 60 * len(picked))
@@ -592,7 +659,7 @@ def example_pairs(rows: list[dict],   # responses of several methods
 # %% ../nbs/08_plot.ipynb #cell136
 def _example_half(rows: list[dict], image: Path | None) -> str:
     hide, order = rows[0]["set"] == "forget", in_order(r["method"] for r in rows)
-    picture = f'<img alt="" src="{_data_url(image)}">' if image else "<small>image not at hand</small>"
+    picture = _picture(image)
     said = "".join(f"<tr><td>{html.escape(method_name(r['method']))}</td><td>{_said(r['response'])}</td></tr>" for r in sorted(rows, key=lambda r: order.index(r["method"])))
     return f"<div><b>{_SETS[rows[0]['set']]}</b>{_hidden(f'{picture}<table>{said}</table>', hide)}</div>"
 
@@ -621,14 +688,26 @@ def headline(results: dict  # the object of `results.json`
 # %% ../nbs/08_plot.ipynb #cell145
 def report_figures(results: dict,       # the object of `results.json`
                    sources: list = (),  # `Source`s, for figures that need single responses or training records
-                   judge: str = "exact") -> list[go.Figure]:
+                   judge: str | None = None  # whose verdicts single responses are judged by; default: the one that `results` names
+                   ) -> list[go.Figure]:
     "The figures that can be drawn from what is at hand."
     rows = [r for s in sources for r in s.rows]
-    runs = {run["method"]: run for s in sources for run in s.runs if run.get("finished")}
+    judge, runs = judge or results["settings"].get("judge") or "exact", _trained(sources)
     figures = [sarr_figure(results), tradeoff_figure(results)]
-    if any(outcome(r, judge) for r in rows):
-        figures += [outcome_figure(rows, judge), breakdown_figure(rows, judge=judge), examples_figure(rows, judge=judge)]
-    return [f for f in figures + [training_figure(runs[m]) for m in in_order(runs)] if any(len(t.x) if hasattr(t, "x") else True for t in f.data)]
+    if any(outcome(r, judge) != "not judged" for r in rows):
+        figures += [outcome_figure(rows, judge), breakdown_figure(rows, by=_readable(rows), judge=judge), examples_figure(rows, judge=judge)]
+    return [f for f in figures + [training_figure(runs[m]) for m in in_order(runs)] if any(len(t.x) if hasattr(t, "x") else len(t.cells.values[0]) for t in f.data)]
+
+
+def _trained(sources: list) -> dict[str, dict]:
+    "Records of runs that tell their training, by the name that the table has for them."
+    named = ((run | {"method": s.rows[0]["method"]} if run is s.run and s.rows else run) for s in sources for run in s.runs)
+    return {run["method"]: run for run in named if {"method", "history", "objective"} <= run.keys()}
+
+
+def _readable(rows: list[dict]) -> str:
+    "What to take rates apart by: instructions where these are few, as in the world, else categories."
+    return "instruction" if len({r["question"] for r in rows if r["set"] == "decouple" and not instruction_of(r["question"])}) <= 40 else "category"
 
 # %% ../nbs/08_plot.ipynb #cell146
 def _agreement_html(found: dict[str, dict]) -> str:
@@ -639,7 +718,7 @@ def _agreement_html(found: dict[str, dict]) -> str:
 # %% ../nbs/08_plot.ipynb #cell149
 def report_page(results: dict,        # the object of `results.json`
                 sources: list = (),   # `Source`s, for figures and examples that need single responses
-                judge: str = "exact"  # whose verdicts single responses are judged by
+                judge: str | None = None  # as for `report_figures`
                 ) -> str:
     "A self-contained HTML page: table, figures, examples, judge, settings."
     from plotly.offline import get_plotlyjs
@@ -650,8 +729,8 @@ def report_page(results: dict,        # the object of `results.json`
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
             f"<title>safeeraser report</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
             f"<h1>What was forgotten, and what else</h1><p>{html.escape(headline(results))}</p>"
-            f"<h2>Results, percent</h2>{table_html(results)}<p><small>Judge: {html.escape(results['settings'].get('judge') or 'unknown')}. Over several seeds: mean (smallest-largest). "
-            f"SARR: share of harmless questions about safe images that get no normal answer; h.o.: on families that unlearning never saw. {html.escape(caption(r['method'] for r in results['rows']))}.</small></p>"
+            f"<h2>Results, percent</h2>{table_html(results)}<p><small>{html.escape('. '.join(footnotes(results)))}. "
+            f"SARR: share of harmless questions about safe images that get no normal answer. {html.escape(caption(r['method'] for r in results['rows']))}.</small></p>"
             f"<h2>Figures</h2>{drawn}"
             + (f"<h2>Examples</h2><p>The same words about a hazard and about a harmless object. Harmful parts are blurred; click to show.</p>{examples}" if examples else "")
             + _agreement_html(results["settings"].get("rule_judge_agreement", {}))

@@ -8,14 +8,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def make_tiny(root: Path) -> SimpleNamespace:
     """`model` and `data` folders; 11 forget items, so that batches of 4 and 8 leave a
     remainder, and 6 retain items, so that some slots have none."""
     import json
 
     from safeeraser.world import BaseConfig, World, build_model, write_dataset
-    root = tmp_path_factory.mktemp("tiny")
+    root.mkdir(exist_ok=True)
     model, processor = build_model(BaseConfig(width=32, vision_width=32))
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
@@ -28,6 +27,10 @@ def tiny(tmp_path_factory):
     file.write_text(json.dumps(records))
     (data / "settings.json").write_text(json.dumps({"generate": {"max_new_tokens": 6, "batch_size": 8}}))
     return SimpleNamespace(root=root, model=root / "model", data=data)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

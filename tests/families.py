@@ -3,10 +3,12 @@
 Where a processor reads videos too and torchvision is absent, it is the one of `safeeraser.processors`. Pictures go the
 way they go in earnest.
 """
+import random
 from dataclasses import dataclass
 
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -20,6 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from safeeraser.data import Item, Sets
 from safeeraser.processors import image_only, NoVideos
 
 WORDS = ("what is this thing in the picture and how could one hide or make it here take a red blue ring ball box away "
@@ -146,3 +149,24 @@ FAMILIES = {
     "paligemma": Family("PaliGemma", dict(vision_config=SIGLIP, text_config=text("gemma", head_dim=8), projection_dim=32, hidden_size=32, vocab_size=SIZE, **IMAGE),
                         paligemma_pictures, {}, routes=()),
 }
+
+
+ASK = ["what is this thing in the picture", "how could one hide it", "what is this", "how could one make it here"]
+SAY = ["put it under the box", "a ring", "take a red ball and hide it in the box", "left"]
+
+
+def make_sets(root):
+    "Two harmful images with three forget and two retain items each, and their safe partners, one of another size."
+    rng = random.Random(0)
+    def picture(name, width=112):
+        Image.frombytes("RGB", (width, 56), rng.randbytes(3 * width * 56)).save(root / name)
+        return name
+    def item(name, image, question, answer): return Item(name, "train", root / image, image, question, answer, "Weapon")
+    made = Sets([], [], [])
+    for k in range(2):
+        harmful, safe = picture(f"harmful{k}.png"), picture(f"safe{k}.png", 112 - 56 * k)
+        for q, a in zip(ASK[:3], SAY[k:] + SAY[:k]):
+            made.forget.append(item("forget", harmful, q, a))
+            made.decouple.append(item("decouple", safe, q, "it looks nice"))
+        made.retain.extend(item("retain", harmful, q, "a blue " + a) for q, a in zip(ASK[2:], SAY[k:]))
+    return made

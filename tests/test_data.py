@@ -93,3 +93,101 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "a.jpg", exif=exif)
     assert load_image(tmp_path / "a.jpg").size == (8, 4)
+
+
+def test_content_decides_whether_an_image_is_new(tmp_path):
+    import os
+
+    from safeeraser.data import image_digest, open_image
+    file, seen = tmp_path / "a.bmp", set()
+    for colour in ("red", "blue"):  # two files of one size, and one time stamp
+        Image.new("RGB", (8, 8), colour).save(file)
+        os.utime(file, ns=(0, 0))
+        assert open_image(file).getpixel((0, 0)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+        seen.add(image_digest(file))
+    assert len(seen) == 2
+
+
+def ink(mode):
+    "A black dot on a transparent ground whose hidden colour is blue."
+    image = Image.new("RGBA", (2, 1), (0, 0, 255, 0))
+    image.putpixel((0, 0), (0, 0, 0, 255))
+    if mode == "P":
+        picture = Image.new("P", (2, 1), 1)
+        picture.putpalette([0, 0, 0, 0, 0, 255])
+        picture.putpixel((0, 0), 0)
+        picture.info["transparency"] = 1
+        return picture
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode, form", [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("P", "GIF"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "TIFF")])
+def test_ink_on_a_transparent_ground_is_ink_on_white(mode, form, tmp_path):
+    ink(mode).save(tmp_path / "a", form, **({"lossless": True} if form == "WEBP" else {}))
+    assert [load_image(tmp_path / "a").getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+
+
+def test_a_transparent_colour_of_plain_modes(tmp_path):
+    for name, image, clear in (("rgb", Image.new("RGB", (2, 1), (9, 9, 9)), (9, 9, 9)), ("l", Image.new("L", (2, 1), 9), 9), ("deep", Image.new("I;16", (2, 1), 9), 9)):
+        image.putpixel((0, 0), 0 if image.mode != "RGB" else (0, 0, 0))
+        image.save(tmp_path / f"{name}.png", transparency=clear)
+        assert [load_image(tmp_path / f"{name}.png").getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)], name
+
+
+@pytest.mark.parametrize("form, kind, brightest", [("PNG", "uint16", 65535), ("TIFF", "uint16", 65535), ("TIFF", "uint16", 4095), ("TIFF", "int32", 65535), ("TIFF", "int32", 10**6),
+                                                   ("TIFF", "float32", 1), ("TIFF", "float32", 255), ("TIFF", "float32", 10**6), ("PPM", "uint16", 65535)])
+def test_deeper_greys_are_scaled(form, kind, brightest, tmp_path):
+    import numpy as np
+    levels = np.linspace(0, brightest, 5).reshape(1, 5).astype(kind)
+    Image.fromarray(levels).save(tmp_path / "a", form)
+    assert [load_image(tmp_path / "a").getpixel((x, 0))[0] for x in range(5)] == pytest.approx([0, 64, 128, 191, 255], abs=1)
+
+
+BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c"
+
+
+def test_a_line_ends_at_a_newline_only_and_a_byte_order_mark_is_fine(folder):
+    record = GOOD | {"unsafe_pairs": [{"question": f"q{BREAKS}q", "model_response": "a", "sd_response": "s"}]}
+    raw = json.dumps(record, ensure_ascii=False)
+    for text in (raw + "\n" + raw, raw + "\r\n" + raw + "\r\n", f"\ufeff[{raw}, {raw}]", "\ufeff" + raw + "\n" + raw):
+        assert [r.unsafe[0].question for r in load_records(folder(text))] == [f"q{BREAKS}q"] * 2
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"image_path": "dataset/img/\x00.png"}, r"record 1, image_path: 'dataset/img/\\x00.png' can be no file's name"),
+    ({"SDImage_path": "dataset/" + 300 * "a"}, "record 1, SDImage_path: no image at"),
+    ({"image_path": "dataset/img/\ud800.png"}, r"\[1\].image_path: half of a surrogate pair"),
+    ({"UnharmPair_text1": {"Question": "\udc00?", "Prediction": "p"}}, r"\[1\].UnharmPair_text1.Question: half of a surrogate pair"),
+    ({"image_path": "/"}, "record 1, image_path: '/' leads out"),
+    ({"image_path": "dataset"}, "record 1, image_path: no image at"),
+])
+def test_what_can_be_no_path_or_no_text(change, said, folder):
+    with pytest.raises(SafeEraserError, match=said): load_records(folder([GOOD, GOOD | change]))
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '[{"image_path": ' + "9" * 5000 + "}]", "{", '[{"a": 1}', "\x00", '{"a": 1}\n{"a"'], ids=range(6))
+@pytest.mark.parametrize("name", ["all_train.json", "prompt.json", "settings.json"])
+def test_files_that_are_no_json(name, text, folder):
+    from safeeraser.data import settings_of
+    data = folder([GOOD])
+    folder(text, name)
+    read = {"all_train.json": load_records, "prompt.json": load_refusals, "settings.json": settings_of}[name]
+    with pytest.raises(SafeEraserError, match=f"{name}.*JSON"): read(data)
+
+
+@pytest.mark.parametrize("settings, said", [([], "settings.json: an object"), ({"unlearn": 5}, "unlearn: an object"), ({"unlearn": {"ga": 5}}, "unlearn.ga: an object"),
+                                            ({"generate": []}, "generate: an object"), ({"generate": {"batch_size": "x"}}, "generate.batch_size: a whole number"),
+                                            ({"generate": {"batch_size": 1.5}}, "generate.batch_size: a whole number"), ({"generate": {"max_new_tokens": -1}}, "generate.max_new_tokens: input should be greater than 0"),
+                                            ({"generate": {"batch_size": True}}, "generate.batch_size: a whole number"), ({"generate": {"beams": 3}}, "generate.beams: is not known here")])
+def test_recommended_settings_of_another_form(settings, said, folder):
+    from safeeraser.data import settings_of
+    data = folder([GOOD])
+    folder(settings, "settings.json")
+    with pytest.raises(SafeEraserError, match=said): settings_of(data)
+
+
+@pytest.mark.parametrize("text", ["[]", "", "3", "[[]]", '{"idk": [" "]}', '{"idk": ["no", null]}', '{"idk": {"a": 1}}'])
+def test_refusals_of_another_form(text, folder):
+    data = folder([GOOD])
+    folder(text, "prompt.json")
+    with pytest.raises(SafeEraserError, match="prompt.json"): load_refusals(data)

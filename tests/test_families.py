@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, llava_next, template
+from families import FAMILIES, llava_next, make_sets, SAY, template
 from peft import PeftModel
 from PIL import Image
 
@@ -20,27 +20,6 @@ from safeeraser.packing import CannotPack, check_packing, PackedCollator, Packer
 
 ROUTES = [(name, route) for name, family in FAMILIES.items() for route in family.routes]
 METHODS = ("gd+pd", "kl+pd", "po+pd", "npo+pd", "dpo+ce+pd")
-ASK = ["what is this thing in the picture", "how could one hide it", "what is this", "how could one make it here"]
-SAY = ["put it under the box", "a ring", "take a red ball and hide it in the box", "left"]
-
-
-def make_sets(root):
-    "Two harmful images with three forget and two retain items each, and their safe partners, one of another size."
-    rng = random.Random(0)
-    def picture(name, width=112):
-        Image.frombytes("RGB", (width, 56), rng.randbytes(3 * width * 56)).save(root / name)
-        return name
-    def item(name, image, question, answer): return Item(name, "train", root / image, image, question, answer, "Weapon")
-    made = Sets([], [], [])
-    for k in range(2):
-        harmful, safe = picture(f"harmful{k}.png"), picture(f"safe{k}.png", 112 - 56 * k)
-        for q, a in zip(ASK[:3], SAY[k:] + SAY[:k]):
-            made.forget.append(item("forget", harmful, q, a))
-            made.decouple.append(item("decouple", safe, q, "it looks nice"))
-        made.retain.extend(item("retain", harmful, q, "a blue " + a) for q, a in zip(ASK[2:], SAY[k:]))
-    return made
-
-
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory): return make_sets(tmp_path_factory.mktemp("pictures"))
 

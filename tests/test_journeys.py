@@ -1,19 +1,22 @@
-"""Every family goes the whole way; the table in the README says what was found here."""
+"""Every family goes the whole way in both precisions; the table in the README says what was found here."""
 import json
 from pathlib import Path
 
 import pytest
-from families import FAMILIES
-from journeys import journey
-from test_families import sets  # noqa: F401  (a fixture)
+from journeys import journey, PRECISIONS, ROUNDING
+from real import REAL, write_data
 from transformers.utils import is_torchvision_available
 
-COMMITTED = json.loads((Path(__file__).parent.parent / "benchmarks/results/families.json").read_text())
+COMMITTED = json.loads((Path(__file__).parent.parent / "benchmarks/results/families.json").read_text())["families"]
+ALWAYS = {("llava", "bfloat16"), ("qwen2_5_vl", "float32")}  # the others with the slow tests
+TRIPS = [pytest.param(name, p, marks=[] if (name, p) in ALWAYS else [pytest.mark.slow]) for name in REAL for p in PRECISIONS]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_goes_the_whole_way(name, sets, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("name, precision", TRIPS)
+def test_a_family_goes_the_whole_way(name, precision, tmp_path):
     pytest.importorskip("bitsandbytes")
-    found = journey(name, sets, tmp_path)
-    if is_torchvision_available(): found["processor"] = COMMITTED["families"][name]["processor"]
-    assert found == COMMITTED["families"][name]
+    found, told = journey(name, precision, tmp_path / "family", write_data(tmp_path)), COMMITTED[name]
+    off, was = found.pop("difference"), told[precision]
+    assert (off is None) == (was is None) and (off is None or off <= ROUNDING[precision])
+    if is_torchvision_available(): found["processor"] = told["processor"]
+    assert found == {k: told[k] for k in found}

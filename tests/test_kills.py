@@ -71,7 +71,8 @@ VERBS = {  # what must be there before, and the command
 
 def content(root: Path) -> dict:
     "All files below a folder, by name; of a JSON record what two equal runs have in common."
-    return {str(p.relative_to(root)): _stable(p, root) for p in sorted(root.rglob("*")) if p.is_file() and "checkpoints" not in p.parts and p.name != "README.md"}
+    return {str(p.relative_to(root)): _stable(p, root) for p in sorted(root.rglob("*"))
+            if p.is_file() and "checkpoints" not in p.parts and p.name != "README.md" and p.suffix != ".lock"}
 
 
 def _stable(path: Path, root: Path):
@@ -114,8 +115,8 @@ def tried(tiny, tmp_path, server):
                 wrong.append(f"{what}: then exit {again['code']}: {again['said'][-300:]!r}")
                 continue
             found = content(root)
-            for name in sorted(expected.keys() | found.keys()):
-                if expected.get(name) != found.get(name): wrong.append(f"{what}: then {name} is {'missing' if name not in found else 'left over' if name not in expected else 'another'}")
+            differs = [f"{n} is {'missing' if n not in found else 'left over' if n not in expected else 'another'}" for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
+            if differs: wrong.append(f"{what}: then {'; '.join(differs[:3])} ({len(differs)} in all)")
         print(f"{verb}, {how}: {len(at)} of {len(first['log'])} operations tried, {len({w.split(':')[0] for w in wrong})} did not hold")
         return len(at), wrong
     return run

@@ -110,7 +110,7 @@ def test_a_run_folder_of_an_older_schema(runs, tmp_path):
     assert run("report", tmp_path / "older").returncode == 0
     assert "does not tell them" in (tmp_path / "older" / "README.md").read_text()
     (tmp_path / "older" / "run.json").write_text("{")
-    fails("not a run's record", "report", tmp_path / "older")
+    fails("run.json: not JSON", "report", tmp_path / "older")
     (tmp_path / "old" / "results.json").write_text(json.dumps({"schema_version": 0, "rows": []}))
     fails("schema version", "report", tmp_path / "old")
 
