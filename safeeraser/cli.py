@@ -246,7 +246,7 @@ def generate(model: Model, data: Data,
                                                            "Its key, if it wants one, is read from OPENAI_API_KEY.")] = None):
     "Ask a model all questions of a data set."
     from safeeraser.generate import generate as run
-    run(model, data, out, adapter, splits and splits.split(","), samples, temperature, top_p, max_new_tokens, batch_size, batch_tokens, seed=seed, server=server)
+    run(model, data, out, adapter, splits and [s.strip() for s in splits.split(",")], samples, temperature, top_p, max_new_tokens, batch_size, batch_tokens, seed=seed, server=server)
     print(f"wrote {out}")
 
 # %% ../nbs/09_cli.ipynb #cell045

@@ -207,7 +207,8 @@ class Server:
             raise SafeEraserError(f"{self.url}: the key in OPENAI_API_KEY would travel unencrypted; use https, or unset it for a server that wants none")
         try: transport = limited_transport(seconds, proxy)
         except (ValueError, ImportError) as e: raise SafeEraserError(f"the proxy that the environment names for {self.url} cannot be used ({first_line(e)})") from None
-        return openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=0, http_client=httpx.Client(transport=transport, follow_redirects=False, timeout=seconds))
+        return openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=0, timeout=seconds,
+                             http_client=httpx.Client(transport=transport, follow_redirects=False, timeout=seconds))
 
     @cached_property
     def identity(self) -> str:
