@@ -7,14 +7,17 @@ __all__ = ['KEY', 'LABELS', 'Corrected', 'corrected_rate', 'key_of', 'read_label
            'disagreements', 'calibration_text', 'labelling_widget']
 
 # %% ../nbs/17_calibrate.ipynb #cell003
-import html, json, random
+import html, json, os, random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from .core import SafeEraserError
+from .core import lines_of, parse_json, Place, read_text, SafeEraserError
 from .generate import write_rows
 from .judge import agreement, Agreement, QUESTIONS, verdict
 
@@ -49,20 +52,27 @@ def corrected_rate(yes: int, n: int,           # how often the judge said yes, o
 KEY = ("method", "seed", "split", "set", "image_id", "question", "sample")
 
 
+class _Label(TypedDict):
+    "A line of a labels file."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    key: Annotated[list[str | int], Field(min_length=len(KEY), max_length=len(KEY))]
+    asked: Literal[QUESTIONS]
+    label: bool
+
+
+_LABEL = TypeAdapter(_Label)
+
+
 def key_of(row: dict) -> list: return [row[k] for k in KEY]
 
 
 def read_labels(file: str | Path) -> dict[tuple, dict[str, bool]]:
-    "Labels by response: {key: {question: label}}; raises `SafeEraserError` naming the line that is wrong."
+    "Labels by response: {key: {question: label}}, the last of several; raises `SafeEraserError` naming line and field that are wrong."
     found = {}
-    try: lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as e: raise SafeEraserError(f"{file}: cannot be read ({e.strerror})") from None
-    for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: label = json.loads(line)
-        except ValueError: raise SafeEraserError(f"{file}, line {n}: not a JSON object") from None
-        if not isinstance(label, dict) or not isinstance(label.get("key"), list) or label.get("asked") not in QUESTIONS or not isinstance(label.get("label"), bool):
-            raise SafeEraserError(f"{file}, line {n}: an object with key (a list of {', '.join(KEY)}), asked ({', '.join(QUESTIONS)}) and label (true or false) belongs here")
+    for n, line in lines_of(read_text(file)):
+        try: label = parse_json(line, Place(Path(file), line=n), _LABEL)
+        except SafeEraserError as e:
+            raise SafeEraserError(f"{e}; a line holds key (a list of {', '.join(KEY)}), asked ({', '.join(QUESTIONS)}) and label (true or false)") from None
         found.setdefault(tuple(label["key"]), {})[label["asked"]] = label["label"]
     return found
 
@@ -90,9 +100,10 @@ def calibrations(rows: list[dict], against: str) -> list[Calibration]:
     found = []
     for judge in judges:
         for q in QUESTIONS:
-            both = [r for r in known if judge in r["verdicts"]]
+            by_judge = [r for r in rows if q in r["verdicts"].get(judge, {})]
+            both = [r for r in by_judge if q in r["verdicts"].get(against, {})]
             if (a := agreement(both, judge, against, q)) is None: continue
-            said = [r["verdicts"][judge][q]["value"] for r in rows if judge in r["verdicts"]]
+            said = [r["verdicts"][judge][q]["value"] for r in by_judge]
             found.append(Calibration(judge, against, a, corrected_rate(said.count(True), len(said) - said.count(None), a.table)))
     return found
 
@@ -105,20 +116,31 @@ def disagreements(rows: list[dict], judge: str, against: str) -> list[dict]:
     return [{k: r[k] for k in KEY} | {"response": r["response"], "differ": d} for r in rows if (d := differ(r))]
 
 
+def _labelled(rows: list[dict], file: str) -> list[dict]:
+    "The rows with the labels of a file; raises `SafeEraserError` where it is about none of them."
+    labels = read_labels(file)
+    if not any(tuple(key_of(r)) in labels for r in rows): raise SafeEraserError(f"{file}: none of its {len(labels)} labels is about a response here")
+    return with_labels(rows, labels)
+
+
+def _told(c: Calibration) -> str:
+    "A calibration in two lines."
+    a, t = c.agreement, c.agreement.table
+    kappa = "-" if a.kappa is None else f"{a.kappa:.3f}"
+    first = (f"{c.judge} against {c.against}, {a.question}: agree on {100 * a.agree:.1f}% of {a.n} (kappa {kappa}); "
+             f"yes/yes {t.get((True, True), 0)}, yes/no {t.get((True, False), 0)}, no/yes {t.get((False, True), 0)}, no/no {t.get((False, False), 0)}")
+    if not c.corrected: return f"{first}\n  not corrected: here it is no better than chance, or only one answer occurs"
+    return f"{first}\n  measured {100 * c.corrected.measured:.1f}%, corrected for its errors {100 * c.corrected.value:.1f}% ({100 * c.corrected.lo:.1f}-{100 * c.corrected.hi:.1f})"
+
+
 def calibration_text(rows: list[dict],
                      against: str,              # a judge's name, or a file of labels
                      out: Path | None = None    # also write the disagreements here
                      ) -> str:
     "Confusion tables, kappa and corrected rates as text."
-    if Path(against).is_file(): rows, against = with_labels(rows, read_labels(against)), "labels"
-    lines, found = [], calibrations(rows, against)
-    for c in found:
-        a, t = c.agreement, c.agreement.table
-        kappa = "-" if a.kappa is None else f"{a.kappa:.3f}"
-        lines.append(f"{c.judge} against {against}, {a.question}: agree on {100 * a.agree:.1f}% of {a.n} (kappa {kappa}); "
-                     f"yes/yes {t.get((True, True), 0)}, yes/no {t.get((True, False), 0)}, no/yes {t.get((False, True), 0)}, no/no {t.get((False, False), 0)}")
-        if c.corrected: lines.append(f"  measured {100 * c.corrected.measured:.1f}%, corrected for its errors {100 * c.corrected.value:.1f}% ({100 * c.corrected.lo:.1f}-{100 * c.corrected.hi:.1f})")
-        else: lines.append("  not corrected: here it is no better than chance, or only one answer occurs")
+    if os.path.isfile(against) and not any(against in r["verdicts"] for r in rows): rows, against = _labelled(rows, against), "labels"
+    found = calibrations(rows, against)
+    lines = [_told(c) for c in found] or [f"no question has been decided both by {against} and by another judge"]
     if out:
         apart = [d | {"judge": j} for j in dict.fromkeys(c.judge for c in found) for d in disagreements(rows, j, against)]
         write_rows(out, apart)

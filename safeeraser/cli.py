@@ -5,15 +5,15 @@ __all__ = ['app', 'Model', 'Data', 'Url', 'data_app', 'Source', 'Harmless', 'Col
            'world', 'unlearn', 'generate', 'check_packing_command', 'judge', 'report', 'demo_command', 'check',
            'convert', 'make_answers', 'merge', 'import_checkpoint', 'sweep', 'import_results', 'specificity', 'main']
 
-# %% ../nbs/09_cli.ipynb #cell003
-import json, logging, os, signal, sys
-from contextlib import contextmanager
+# %% ../nbs/09_cli.ipynb #cell001
+import codecs, io, json, logging, os, re, signal, sys
+from contextlib import contextmanager, ExitStack
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/09_cli.ipynb #cell006
+# %% ../nbs/09_cli.ipynb #cell004
 def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None) -> Path:
     "Generate and judge, by rules and exactly; returns the judged file."
     from safeeraser.generate import generate
@@ -23,12 +23,12 @@ def _evaluate(model: Path, data: Path, folder: Path, adapter: Path | None = None
     judge(folder/"judged.jsonl", "exact", folder/"judged.jsonl")
     return folder/"judged.jsonl"
 
-# %% ../nbs/09_cli.ipynb #cell008
+# %% ../nbs/09_cli.ipynb #cell006
 def _train_base(seed: int, gold: bool):
     from safeeraser.world import base_model, BaseConfig
     base_model(BaseConfig(seed=seed, gold=gold), progress=not gold)
 
-# %% ../nbs/09_cli.ipynb #cell010
+# %% ../nbs/09_cli.ipynb #cell008
 def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     "One line of the table: unlearn (unless `method` is base or gold), generate, judge, count."
     from safeeraser.metrics import report
@@ -43,7 +43,7 @@ def _run_method(world: Path, folder: Path, method: str, seed: int) -> dict:
     judged = _evaluate(model, world/"dataset", folder, adapter)
     return report(judged, judge="exact")["rows"][0] | {"seconds": seconds}
 
-# %% ../nbs/09_cli.ipynb #cell012
+# %% ../nbs/09_cli.ipynb #cell010
 class _Inline:
     "An executor that runs at once, in this process."
     def __enter__(self): return self
@@ -56,7 +56,7 @@ class _Inline:
         except Exception as e: future.set_exception(e)
         return future
 
-# %% ../nbs/09_cli.ipynb #cell016
+# %% ../nbs/09_cli.ipynb #cell014
 def _executor(workers: int | None):
     "Processes with one thread each; on a GPU, or with one worker, this process."
     import multiprocessing, torch
@@ -65,15 +65,23 @@ def _executor(workers: int | None):
     if workers == 1: return _Inline()
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 
-# %% ../nbs/09_cli.ipynb #cell017
+# %% ../nbs/09_cli.ipynb #cell015
 def _quiet_worker():
-    import torch
+    import threading, torch
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from transformers.utils import logging
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-# %% ../nbs/09_cli.ipynb #cell020
+
+def _end_with_parent():
+    "A worker whose parent was killed would go on for minutes, and hold its locks."
+    import multiprocessing
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+# %% ../nbs/09_cli.ipynb #cell018
 @contextmanager
 def _cancelling(pool):
     "When something goes wrong, don't start what has not been started."
@@ -82,7 +90,7 @@ def _cancelling(pool):
         pool.shutdown(cancel_futures=True)
         raise
 
-# %% ../nbs/09_cli.ipynb #cell023
+# %% ../nbs/09_cli.ipynb #cell021
 def demo(out: str | Path,                    # folder to fill
          seeds: int = 1,                     # seeds 1 to this
          methods: list[str] | None = None,   # default: the eight presets
@@ -106,7 +114,7 @@ def demo(out: str | Path,                    # folder to fill
     order = [(s, m) for s in numbers for m in methods]
     return _write_results(out, [lines[k] for k in order], [out/f"seed{s}"/m/"judged.jsonl" for s, m in order], list(numbers), methods)
 
-# %% ../nbs/09_cli.ipynb #cell025
+# %% ../nbs/09_cli.ipynb #cell023
 def _demo_settings(rows: list[dict], seeds: list[int], methods: list[str]) -> dict:
     "What `results.json` says about how its numbers came about."
     from safeeraser.judge import agreement
@@ -117,7 +125,7 @@ def _demo_settings(rows: list[dict], seeds: list[int], methods: list[str]) -> di
             "rule_judge_agreement": {q: {"n": a.n, "agree": a.agree, "kappa": a.kappa}
                                      for q in ("refusal", "meaningful") if (a := agreement(rows, "rule", "exact", q))}}
 
-# %% ../nbs/09_cli.ipynb #cell029
+# %% ../nbs/09_cli.ipynb #cell027
 def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str]) -> dict:
     from safeeraser.core import environment, write_whole
     from safeeraser.generate import read_rows, ROW_KEYS, write_rows
@@ -135,13 +143,12 @@ def _write_json(path: Path, value):
     from safeeraser.core import write_whole
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
-# %% ../nbs/09_cli.ipynb #cell031
+# %% ../nbs/09_cli.ipynb #cell029
 def _summary(results: dict) -> str:
     "What a person wants to read at the end."
-    from safeeraser.plot import pd_table, results_table
+    from safeeraser.plot import footnotes, pd_table, results_table
     settings, parts = results["settings"], [results_table(results)]
-    parts.append("percent; over several seeds mean (smallest-largest); SARR h.o.: on families that unlearning never saw\n"
-                 f"judge: {settings['judge'] or 'unknown'}")
+    parts.append("\n".join(footnotes(results)))
     if "\n" in (pd := pd_table(results)): parts.append(pd)
     if "specificity" in settings:
         from safeeraser.specificity import specificity_text
@@ -154,19 +161,19 @@ def _summary(results: dict) -> str:
         parts.append(f"rule judge against exact judge, {q}: agree on {100 * a['agree']:.1f}% of {a['n']} responses (kappa {kappa})")
     return "\n\n".join(parts)
 
-# %% ../nbs/09_cli.ipynb #cell035
+# %% ../nbs/09_cli.ipynb #cell033
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Multimodal safety unlearning: make a vision-language model forget how to answer harmful questions, and measure what else it lost.")
 
 Model = Annotated[str, typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")]
 Data = Annotated[Path, typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")]
 
-# %% ../nbs/09_cli.ipynb #cell037
+# %% ../nbs/09_cli.ipynb #cell035
 @app.command()
 def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (official layout) and OUT/model.")],
           seed: Annotated[int, typer.Option(help="Governs data and model.")] = 0,
           gold: Annotated[bool, typer.Option(help="Also write OUT/gold, a model that never saw the hazards' recipes.")] = False,
-          records: Annotated[Optional[int], typer.Option(help="Records of the train split (default 540).", min=1)] = None):
+          records: Annotated[Optional[int], typer.Option(help="Records of the train split (default 540).", min=1, max=100_000)] = None):
     "Write the embedded fictional world: a dataset and a tiny LLaVA that knows it (trained on first use, then cached)."
     from safeeraser.world import HELD_OUT_FAMILIES, make_world, nearest_hazard, SPLIT_SIZES
     make_world(out, seed, gold, None if records is None else SPLIT_SIZES | {"train": records})
@@ -174,7 +181,7 @@ def world(out: Annotated[Path, typer.Option(help="Folder to fill: OUT/dataset (o
     print("held-out families, each with its nearest hazard and their overlap (0 to 1): " +
           ", ".join(f"{f}: {h} {o:.2f}" for f in HELD_OUT_FAMILIES for h, o in [nearest_hazard(f)]))
 
-# %% ../nbs/09_cli.ipynb #cell039
+# %% ../nbs/09_cli.ipynb #cell037
 def _value(text: str):
     "A setting's value as JSON where it is JSON, else as text."
     try: return json.loads(text)
@@ -187,7 +194,19 @@ def _settings(pairs: list[str]) -> dict:
         if "=" not in p: raise SafeEraserError(f"--set {p}: name=value belongs here, such as --set learning_rate=1e-4")
     return {name.strip(): _value(value.strip()) for name, _, value in (p.partition("=") for p in pairs)}
 
-# %% ../nbs/09_cli.ipynb #cell043
+
+def _grid(texts: list[str]) -> dict:
+    "Settings with the values to try, from texts such as `lora_r=4,8`."
+    from safeeraser.core import SafeEraserError
+    grid = {}
+    for text in texts:
+        name, equals, values = (s.strip() for s in text.partition("="))
+        if not equals or not values: raise SafeEraserError(f"--grid {text}: name=value,value,... belongs here, such as --grid lora_r=4,8")
+        if name in grid: raise SafeEraserError(f"--grid {name}: given twice; write all its values into one")
+        grid[name] = [_value(v.strip()) for v in values.split(",")]
+    return grid
+
+# %% ../nbs/09_cli.ipynb #cell041
 @app.command()
 def unlearn(model: Annotated[Optional[str], typer.Option(help="The vanilla model: a folder that from_pretrained loads, or a name on the hub.")] = None,
             data: Annotated[Optional[Path], typer.Option(help="Dataset folder: the one that holds all_train.json. Image paths in it are relative to its parent.")] = None,
@@ -210,7 +229,7 @@ def unlearn(model: Annotated[Optional[str], typer.Option(help="The vanilla model
     print(f"{method}: {record['steps']} steps of {record['effective_batch']} in {record['seconds']:.0f} s"
           + (f"; stopped at step {record['stopped']['step']}: {record['stopped']['reason']}" if record["stopped"] else "") + f"; adapter in {out}")
 
-# %% ../nbs/09_cli.ipynb #cell045
+# %% ../nbs/09_cli.ipynb #cell043
 @app.command()
 def generate(model: Model, data: Data,
              out: Annotated[Path, typer.Option(help="File to write, one response a line. An interrupted run goes on.")],
@@ -230,14 +249,14 @@ def generate(model: Model, data: Data,
     run(model, data, out, adapter, splits and splits.split(","), samples, temperature, top_p, max_new_tokens, batch_size, batch_tokens, seed=seed, server=server)
     print(f"wrote {out}")
 
-# %% ../nbs/09_cli.ipynb #cell047
+# %% ../nbs/09_cli.ipynb #cell045
 @app.command(name="check-packing")
 def check_packing_command(model: Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")]):
     "Measure whether questions about one image can share its tokens on a model; say in a line what will be used."
     from safeeraser.engine import packing_report
     for line in packing_report(model): print(line)
 
-# %% ../nbs/09_cli.ipynb #cell049
+# %% ../nbs/09_cli.ipynb #cell047
 Url = Annotated[Optional[str], typer.Option(help="An OpenAI-compatible server, such as http://localhost:8000/v1; its key, if it wants one, is read from OPENAI_API_KEY.")]
 
 
@@ -251,60 +270,108 @@ def judge(responses: Annotated[Path, typer.Argument(help="A file written by gene
           view: Annotated[str, typer.Option(help="What a model sees: question (with the response) or response (alone, as the published judges).")] = "question",
           data: Annotated[Optional[Path], typer.Option(help="Dataset folder: show a server's model the images too.")] = None,
           at_once: Annotated[int, typer.Option(help="Calls to a server at a time.", min=1)] = 8,
+          max_tokens: Annotated[Optional[int], typer.Option(help="Longest reply of a server's or chat model, its thought included (default 1024).", min=1)] = None,
+          refresh: Annotated[bool, typer.Option("--refresh", help="Ask a model everything anew, whatever it said before.")] = False,
           trust: Annotated[bool, typer.Option("--trust", help="Score even what a judge failed on the known labels; the result says so.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls and tokens a judgement will take; nothing is asked.")] = False,
           calibrate: Annotated[Optional[str], typer.Option(help="Compare judges already in the file with this one: the name of a judge (exact), or a file of labels.")] = None):
-    "Add a judge's verdicts to responses."
-    from safeeraser.core import SafeEraserError
-    from safeeraser.generate import read_rows, write_rows
-    from safeeraser.judge import judge_rows, pick_judge, QUESTIONS
-    rows = read_rows(responses)
-    if calibrate:
-        from safeeraser.calibrate import calibration_text
-        return print(calibration_text(rows, calibrate, out))
-    if judge not in ("server", "guard", "chat"):
-        pick_judge(judge)
-        if out is None: raise SafeEraserError("--out is missing: the file to write")
-        rows, name, trials = judge_rows(rows, judge), judge, {}
-    else:
-        found = _model_judge(judge, model, server, view, data, at_once)
-        if dry_run: return print(_cost(found, rows, server, model))
-        if out is None: raise SafeEraserError("--out is missing: the file to write")
-        from safeeraser.judges import judge_with
-        rows, trials, name = judge_with(found, rows, trust)
-    write_rows(out, rows)
-    print(f"judge: {name}")
-    for q, t in trials.items(): print(f"{q:11} {t}{'' if t.passed else ': scored only because of --trust' if trust else ': scores nothing'}")
-    for q in QUESTIONS:
-        values = [r["verdicts"][name][q]["value"] for r in rows]
-        print(f"{q:11} yes {values.count(True):5}   no {values.count(False):5}   unscored {values.count(None):5}")
+    "Add a judge's verdicts to responses. What a model fails on the known labels stays unscored, and is said; one that can't be asked ends the command with exit code 2."
+    from safeeraser.core import only_here, plain_file
+    from safeeraser.generate import read_rows
+    if calibrate: return print(_calibrated(responses, calibrate, out))
+    _check_judge(judge, out, view, {"model": model, "server": server, "data": data, "max-tokens": max_tokens, "trust": trust, "refresh": refresh, "dry-run": dry_run})
+    build = lambda: _model_judge(judge, model, server, view, data, at_once, max_tokens, refresh, responses)
+    if dry_run: return print(_cost(read_rows(responses), build))
+    with only_here(plain_file(out)): print(_judged(responses, out, judge, build, trust))
 
-# %% ../nbs/09_cli.ipynb #cell050
+# %% ../nbs/09_cli.ipynb #cell048
+_ASKED = {"server": ("model", "server", "data", "max-tokens", "trust", "refresh", "dry-run"), "guard": ("model", "trust", "refresh", "dry-run"),
+          "chat": ("model", "max-tokens", "trust", "refresh", "dry-run")}  # judges that are models, with the options that mean something to them
+
+
+def _check_judge(judge: str, out: Path | None, view: str, given: dict):
+    "Raises `SafeEraserError` where an option is missing, or would do nothing."
+    from safeeraser.core import plain_file, SafeEraserError
+    from safeeraser.judge import pick_judge
+    if judge not in _ASKED: pick_judge(judge)
+    if idle := [o for o, value in given.items() if value and o not in _ASKED.get(judge, ())]: raise SafeEraserError(f"--{idle[0]} does nothing for --judge {judge}; leave it out")
+    if judge in _ASKED:
+        from safeeraser.judges import VIEWS
+        if not given["model"]: raise SafeEraserError(f"--judge {judge} wants --model: which model judges")
+        if judge == "server" and not given["server"]: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
+        if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
+    if out is None and not given["dry-run"]: raise SafeEraserError("--out is missing: the file to write")
+    if out: plain_file(out)
+
+# %% ../nbs/09_cli.ipynb #cell049
 def _replies() -> Path:
     from platformdirs import user_cache_path
     return user_cache_path("safeeraser")/"replies"
 
 
-def _model_judge(kind: str, model: str | None, server: str | None, view: str, data: Path | None, at_once: int):
+def _model_judge(kind: str, model: str, server: str | None, view: str, data: Path | None, at_once: int, max_tokens: int | None, refresh: bool, responses: Path):
     "A judge that is a model."
-    from safeeraser.core import Place, SafeEraserError
+    from safeeraser.core import Place
     from safeeraser.data import resolve_image
-    from safeeraser.judges import local_judge, server_judge
+    from safeeraser.judges import local_judge, MAX_TOKENS, server_judge
     from safeeraser.server import Server
-    if not model: raise SafeEraserError(f"--judge {kind} wants --model: which model judges")
-    if kind != "server": return local_judge(model, kind, view, cache=_replies())
-    if not server: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
-    root = data and data.absolute().parent
-    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, lambda row: resolve_image(root, row["image_id"], "image_id", Place(Path("responses"))))
+    options = {"max_tokens": max_tokens or MAX_TOKENS, "refresh": refresh}
+    if kind != "server": return local_judge(model, kind, view, cache=_replies(), **options)
+    image = lambda row: resolve_image(data.absolute().parent, row["image_id"], "image_id", Place(responses))
+    return server_judge(Server(server, model, at_once, cache=_replies()), view, data is not None, image, **options)
 
 
-def _cost(judge, rows: list[dict], url: str | None, model: str) -> str:
-    from safeeraser.judges import calls_of
-    from safeeraser.server import estimate, Server
-    cost = estimate([c for *_, c in calls_of(rows, judge)], Server(url, model, cache=_replies()) if url else None)
-    return (f"{judge.name}: {cost['calls']} calls ({cost['kept']} more are known from before), about {cost['tokens_in']:,} tokens in and at most {cost['tokens_out_at_most']:,} out")
+def _cost(rows: list[dict], build) -> str:
+    "What a judgement will take, in a line."
+    from safeeraser.judges import calls_of, left_to_ask
+    from safeeraser.server import estimate
+    judge = build()
+    left, known = left_to_ask(judge, rows)
+    cost = estimate(left + known)
+    return (f"{judge.name}: {len(left)} calls ({len(calls_of(rows, judge)) - len(left)} more are known from before) and {len(known)} on known labels, "
+            f"about {cost['tokens_in']:,} tokens in and at most {cost['tokens_out_at_most']:,} out")
 
-# %% ../nbs/09_cli.ipynb #cell052
+# %% ../nbs/09_cli.ipynb #cell050
+def _judged(responses: Path, out: Path, judge: str, build, trust: bool) -> str:
+    "Judge a file, write it, and say what came out."
+    from safeeraser.generate import read_rows, write_rows
+    from safeeraser.judge import judge_rows, QUESTIONS
+    rows = read_rows(responses)
+    if judge in _ASKED:
+        from safeeraser.judges import judge_with
+        rows, trials, name = judge_with(build(), rows, trust)
+    else: rows, trials, name = judge_rows(rows, judge), {}, judge
+    write_rows(out, rows)
+    fate = lambda t: "" if t.passed else ": scored only because of --trust" if trust else ": scores nothing"
+    lines = [f"judge: {name}", *(f"{q:11} {t}{fate(t)}" + "".join(f"\n{'':11} it replied {s}" for s in t.said if not t.passed) for q, t in trials.items())]
+    if trials and all(t.kept for t in trials.values()): lines.append("known labels as it replied to them before; --refresh asks all anew")
+    if missing := sum(r["response"] is None for r in rows): lines.append(f"{missing} of {len(rows)} questions got no answer: unscored")
+    values = {q: [r["verdicts"][name][q]["value"] for r in rows] for q in QUESTIONS}
+    return "\n".join(lines + [f"{q:11} yes {v.count(True):5}   no {v.count(False):5}   unscored {v.count(None):5}" for q, v in values.items()])
+
+
+def _calibrated(responses: Path, against: str, out: Path | None) -> str:
+    from safeeraser.calibrate import calibration_text
+    from safeeraser.generate import read_rows
+    return calibration_text(read_rows(responses), against, out)
+
+# %% ../nbs/09_cli.ipynb #cell053
+@contextmanager
+def _outputs(named: dict[str, Path | None],  # by option
+             read: list[Path]):
+    "`with _outputs(...)`: these files are ours to write; raises `SafeEraserError` where they cannot be."
+    from safeeraser.core import only_here, plain_file, SafeEraserError
+    files, taken = {}, {plain_file(p): "is read" for p in read if p.is_file() and p.name != "results.json"}
+    for option, path in named.items():
+        if path is None: continue
+        file = plain_file(path)
+        if file in taken: raise SafeEraserError(f"{option} {path}: {taken[file]} by the same command; name another file")
+        files[file], taken[file] = path, f"is written ({option})"
+    with ExitStack() as locks:
+        for file in files: locks.enter_context(only_here(file))
+        yield
+
+# %% ../nbs/09_cli.ipynb #cell054
 @app.command()
 def report(paths: Annotated[list[Path], typer.Argument(help="results.json files, judged responses, or folders that hold either. Runs are compared on the questions that all of them were asked.")],
            judge: Annotated[Optional[str], typer.Option(help="Whose verdicts count, where several judges have been at work.")] = None,
@@ -315,31 +382,41 @@ def report(paths: Annotated[list[Path], typer.Argument(help="results.json files,
            published: Annotated[bool, typer.Option("--published", help="Put the published numbers beside.")] = False,
            official: Annotated[bool, typer.Option("--official", help="Also count the same verdicts as the authors' scripts do.")] = False):
     "Print the paper's table, each method without and with prompt decoupling, and write a self-contained report.html."
-    from safeeraser.compare import official_text, paired, published_rows, to_csv, to_markdown, told_apart
-    from safeeraser.metrics import count, load_sources
+    from safeeraser.compare import compared, official_text, published_rows, to_csv, to_markdown
     from safeeraser.core import write_whole
     from safeeraser.plot import report_page
-    sources, left_out = paired(told_apart(load_sources(*paths)))
-    results = count(sources, judge)
     page = page or (paths[0] if paths[0].is_dir() else paths[0].parent)/"report.html"
-    _update_cards(sources, results)
-    if published: results = results | {"rows": results["rows"] + published_rows()}
-    if out: _write_json(out, results)
-    if csv: write_whole(csv, to_csv(results))
-    if markdown: write_whole(markdown, to_markdown(results))
-    write_whole(page, report_page(results, sources, judge or "exact"))
-    print(_summary(results), *([f"{left_out} responses left out: their questions were not asked of every run"] if left_out else []),
-          *([official_text(sources, judge)] if official else []), f"page: {page}", sep="\n\n")
+    with _outputs({"--page": page, "--out": out, "--csv": csv, "--markdown": markdown}, paths):
+        seen = compared(*paths, judge=judge)
+        results = seen.results | {"rows": seen.results["rows"] + (published_rows() if published else [])}
+        _update_cards(seen)
+        if out: _write_json(out, results)
+        if csv: write_whole(csv, to_csv(results))
+        if markdown: write_whole(markdown, to_markdown(results))
+        write_whole(page, report_page(results, seen.sources, seen.judge))
+    print(_summary(results), *([official_text(seen.sources, seen.judge)] if official else []), f"page: {page}", sep="\n\n")
+
+# %% ../nbs/09_cli.ipynb #cell056
+def _own_lines(sources: list, results: dict) -> list[dict]:
+    "The lines of results that are of the run whose record lies beside these files."
+    method = sources[0].run.get("method")
+    ours = {(r["method"], r["seed"]) for s in sources for r in s.rows if method is None or r["method"].split(" [")[0] == method.split(" [")[0]}
+    return [line for line in results["rows"] if (line["method"], line["seed"]) in ours]
 
 
-def _update_cards(sources: list, results: dict):
-    "The model card beside each run's record learns what was measured."
+def _update_cards(seen):
+    "The model card beside each run's record learns what was measured; a `Comparison` tells it."
+    from safeeraser.core import only_here, SafeEraserError
     from safeeraser.runs import write_card
-    for s in sources:
-        mine = [r for r in results["rows"] if any((r["method"], r["seed"]) == (x["method"], x["seed"]) for x in s.rows[:1])]
-        if s.rows and (s.file.parent/"run.json").is_file(): write_card(s.file.parent, mine)
+    folders = {}
+    for s in seen.sources:
+        if not s.results and (s.file.parent/"run.json").is_file(): folders.setdefault(s.file.parent, []).append(s)
+    for folder, sources in folders.items():
+        try:
+            with only_here(folder/"README.md"): write_card(folder, _own_lines(sources, seen.results))
+        except SafeEraserError as e: print(f"safeeraser: the card is left as it is: {e}", file=sys.stderr)
 
-# %% ../nbs/09_cli.ipynb #cell054
+# %% ../nbs/09_cli.ipynb #cell058
 @app.command(name="demo")
 def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
                  seeds: Annotated[int, typer.Option(help="Run seeds 1 to this.", min=1)] = 1,
@@ -349,7 +426,7 @@ def demo_command(out: Annotated[Path, typer.Option(help="Folder to fill.")],
     results = demo(out, seeds, [m.strip() for m in methods.split(",")] if methods else None, workers)
     print(_summary(results), f"results in {out}/results.json, every response in {out}/responses.jsonl, figures and examples in {out}/report.html", sep="\n\n")
 
-# %% ../nbs/09_cli.ipynb #cell056
+# %% ../nbs/09_cli.ipynb #cell060
 data_app = typer.Typer(no_args_is_help=True, help="Check a data set, bring other data into its form, let the vanilla model answer.")
 app.add_typer(data_app, name="data")
 
@@ -371,7 +448,7 @@ def check(path: Annotated[Path, typer.Argument(help="Dataset folder: the one tha
     print(json.dumps(found, indent=1) if as_json else check_text(found))
     if not found["usable"]: raise SafeEraserError(check_sentence(found))
 
-# %% ../nbs/09_cli.ipynb #cell057
+# %% ../nbs/09_cli.ipynb #cell061
 def _tables(sources: list[Path], harmless: list[Path] | None, columns: list[str] | None, answers: bool):
     "Questions of several tables, one after another."
     from safeeraser.core import SafeEraserError
@@ -399,7 +476,7 @@ def make_answers(sources: Source, out: NewData, model: Model, split: NewSplit = 
     written, empty = run(model, _tables(sources, harmless, column, False), out, split, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     print(f"wrote {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
 
-# %% ../nbs/09_cli.ipynb #cell059
+# %% ../nbs/09_cli.ipynb #cell063
 NewModel = Annotated[Path, typer.Option(help="New folder to write.")]
 
 
@@ -419,7 +496,7 @@ def import_checkpoint(file: Annotated[Path, typer.Argument(help="checkpoint.pt o
     from safeeraser.export import import_checkpoint as run
     print(f"wrote {run(file, model, out, alpha)}")
 
-# %% ../nbs/09_cli.ipynb #cell061
+# %% ../nbs/09_cli.ipynb #cell065
 @app.command()
 def sweep(model: Model, data: Data,
           method: Annotated[str, typer.Option(help="As for unlearn.")],
@@ -430,8 +507,7 @@ def sweep(model: Model, data: Data,
           seed: Annotated[int, typer.Option(help="Of every run.")] = 0):
     "Try settings; the best is selected on the dev split only."
     from safeeraser.sweep import sweep as run, sweep_text
-    values = {k: [_value(v.strip()) for v in str(text).split(",")] for k, text in ((p.partition("=")[0].strip(), p.partition("=")[2]) for p in grid)}
-    print(sweep_text(run(model, data, out, method, values, judge, seed, **_settings(set or []))))
+    print(sweep_text(run(model, data, out, method, _grid(grid), judge, seed, **_settings(set or []))))
 
 
 @app.command(name="import-results")
@@ -442,13 +518,17 @@ def import_results(file: Annotated[Path, typer.Argument(help="A result file of t
                    data: Annotated[Optional[Path], typer.Option(help="Dataset folder, for reference answers (ROUGE).")] = None):
     "Turn the authors' result file into responses."
     from safeeraser.compare import read_authors
+    from safeeraser.core import SafeEraserError
     from safeeraser.data import load_records
     from safeeraser.generate import write_rows
-    rows = read_authors(file, method, split, records=load_records(data, split) if data else None)
-    write_rows(out, rows)
+    if not method.strip() or not method.isprintable(): raise SafeEraserError(f"--method {method!r}: a name belongs here, such as po+pd")
+    if split not in ("train", "val"): raise SafeEraserError(f"--split {split!r}: train or val belongs here")
+    with _outputs({"--out": out}, [file]):
+        rows = read_authors(file, method.strip(), split, records=load_records(data, split) if data else None)
+        write_rows(out, rows)
     print(f"wrote {len(rows)} responses to {out}")
 
-# %% ../nbs/09_cli.ipynb #cell063
+# %% ../nbs/09_cli.ipynb #cell067
 @app.command()
 def specificity(model: Annotated[Path, typer.Argument(help="A merged model: a folder written by merge, or a vanilla one.")],
                 run: Annotated[Path, typer.Option(help="The run folder that it belongs to, beside whose judged.jsonl report finds the scores.")],
@@ -464,14 +544,39 @@ def specificity(model: Annotated[Path, typer.Argument(help="A merged model: a fo
     for task, t in found.items(): print(f"{task:20} {100 * t['score']:5.1f}   {t['n']} of {t['of']} questions")
     print(specificity_text(found))
 
-# %% ../nbs/09_cli.ipynb #cell065
+# %% ../nbs/09_cli.ipynb #cell069
+_CODES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # escape sequences; control characters but tab and newline
+
+
+class _PlainOutput(io.TextIOWrapper):
+    "Standard output that passes on text only."
+    def write(self, text: str) -> int:
+        super().write(_CODES.sub("", text))
+        return len(text)
+
+
+def _similar(e: UnicodeEncodeError) -> tuple[str, int]:
+    "What stands for letters that the terminal lacks."
+    return "".join({"↑": "^", "↓": "v"}.get(c, "?") for c in e.object[e.start:e.end]), e.end
+
+
+def _plain_streams():
+    "Make stdout and stderr print anything, with what the terminal has."
+    codecs.register_error("similar", _similar)
+    if isinstance(sys.stderr, io.TextIOWrapper): sys.stderr.reconfigure(errors="similar")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.flush()
+        sys.stdout = _PlainOutput(sys.stdout.buffer, sys.stdout.encoding, "similar", line_buffering=sys.stdout.line_buffering)
+
+# %% ../nbs/09_cli.ipynb #cell073
 def _interrupted(*_):
     print("safeeraser: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
     sys.exit(130)
 
-# %% ../nbs/09_cli.ipynb #cell066
+# %% ../nbs/09_cli.ipynb #cell074
 def main():
     "The `safeeraser` command."
+    _plain_streams()
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells on every start that some kernel of its own is absent
     try:
@@ -480,5 +585,5 @@ def main():
         from safeeraser.core import SafeEraserError
         if not isinstance(e, (SafeEraserError, OSError)): raise
         where = f"{e.filename}: " if getattr(e, "filename", None) else ""
-        print(f"safeeraser: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
+        print(_CODES.sub("", f"safeeraser: {where}{getattr(e, 'strerror', None) or e}"), file=sys.stderr)
         sys.exit(2)

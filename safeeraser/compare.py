@@ -12,13 +12,18 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
 
-from .core import Place, SafeEraserError
+from pydantic import Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+from .core import check_form, Place, SafeEraserError
 from .data import HARMLESS_KEYS, read_json_records, Record
 from .generate import SCHEMA_VERSION
 from .judge import verdict
 from .metrics import _rouge_l, count, judge_for, judge_of, load_sources, MEASURES, Source, split_runs, without_pd
-from .plot import _cell, _columns, in_order, method_name
+from .plot import _cell, _columns, footnotes, in_order, method_name
+from .runs import markdown_text
 
 # %% ../nbs/19_compare.ipynb #cell012
 def _weights(run: dict) -> str | None: return run.get("model_fingerprint") or run.get("model")
@@ -188,21 +193,26 @@ def table(results: dict) -> list[list[str]]:
     return [["method", *(MEASURES[k].title for k in shown)]] + [[method_name(m), *(_cell(rows, m, k) for k in shown)] for m in in_order(r["method"] for r in rows)]
 
 
+def _cell_text(value):
+    "A text that no spreadsheet takes for a formula; other values as they are."
+    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
+
+
 def to_csv(results: dict) -> str:
     "One line a method and seed, rates from 0 to 1 with intervals and counts."
     names = ["method", "seed"] + [f"{k}{end}" for k in _columns(results["rows"]) for end in ("", "_lo", "_hi", "_n", "_unscored")] + ["seconds"]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results["rows"])
+    writer.writerows({k: _cell_text(v) for k, v in r.items()} for r in results["rows"])
     return out.getvalue()
 
 
 def to_markdown(results: dict) -> str:
-    "The table in percent, with its judge."
+    "The table in percent, with what one must know to read it."
     head, *lines = table(results)
-    clean = lambda cells: "| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |"
-    return "\n".join([clean(head), clean(["---"] * len(head)), *map(clean, lines), "", f"Percent; judge: {results['settings'].get('judge') or 'unknown'}."]) + "\n"
+    clean = lambda cells: f"| {' | '.join(map(markdown_text, cells))} |"
+    return "\n".join([clean(head), clean(["---"] * len(head)), *map(clean, lines), "", *(f"- {markdown_text(note)}" for note in footnotes(results))]) + "\n"
 
 # %% ../nbs/19_compare.ipynb #cell022
 def _official_rouge(row: dict, verdicts: dict) -> float | None:
@@ -235,6 +245,24 @@ def official_text(sources: list[Source], judge: str | None = None) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/19_compare.ipynb #cell026
+class _UnsafePair(TypedDict, total=False):
+    question: str
+    model_response1: str | None
+    model_response2: str | None
+    model_response3: str | None
+    sd_response: str | None
+
+
+class _HarmlessPair(TypedDict, total=False):
+    Question: str
+    Prediction: str | None
+
+
+_AuthorsRecord = TypedDict("_AuthorsRecord", {"image_path": Annotated[str, Field(min_length=1)], "SDImage_path": NotRequired[str | None],
+                                              "unsafe_pairs": NotRequired[list[_UnsafePair] | None]} | dict.fromkeys(HARMLESS_KEYS, NotRequired[_HarmlessPair | None]))
+_AUTHORS = TypeAdapter(_AuthorsRecord)
+
+# %% ../nbs/19_compare.ipynb #10b4be12
 AUTHORS_JUDGE = "authors' file"
 _THEIR_WORDS = {"unsafe": {"Unsafe": True, "Safe": False}, "refusal": {"refuse": True, "normal": False}, "meaningful": {"normal": True, "refuse": False}}
 
@@ -244,9 +272,44 @@ def _their_verdicts(pair: dict, keys: dict[str, str]) -> dict:
     def one(q):
         said = pair.get(keys.get(q))
         return verdict(_THEIR_WORDS[q].get(said) if isinstance(said, str) else None, "not in the file" if said is None else f"the file says {said}")
+    return {q: one(q) for q in _THEIR_WORDS} | {"correct": verdict(None, "not in the file")}
+
+
+def _their_grade(pair: dict, place: Place, field: str) -> dict:
+    "The verdict that their grade is; unscored where it is no number, as where a call of theirs failed."
     grade = pair.get("GPT-Score")
-    graded = {"quality": verdict(float(grade), "graded")} if isinstance(grade, (int, float)) and not keys else {}
-    return {q: one(q) for q in _THEIR_WORDS} | {"correct": verdict(None, "not in the file")} | graded
+    if isinstance(grade, bool) or not isinstance(grade, (int, float)) or grade != grade:
+        return {} if grade is None else {"quality": verdict(None, f"the file says {grade}")}
+    if not 0 <= grade <= 1: raise place.error(f"{field}.GPT-Score", f"a grade from 0 to 1 belongs here, found {grade}")
+    return {"quality": verdict(float(grade), "graded")}
+
+# %% ../nbs/19_compare.ipynb #dfd67279
+def _their_rows(record: dict, place: Place):
+    "Each response of a record: its part of a row, and the verdicts on it."
+    for i, pair in enumerate(record.get("unsafe_pairs") or ()):
+        asked = {"image_id": record["image_path"], "question": place.text(pair, "question", f"unsafe_pairs[{i}].")}
+        for k in (1, 2, 3):
+            keys = {"unsafe": f"gpt_result_ASR_model_response{k}", "refusal": f"gpt_result_RR_model_response{k}"}
+            if (said := pair.get(f"model_response{k}")) is not None:
+                yield asked | {"set": "forget", "sample": k - 1, "response": said}, _their_verdicts(pair, keys)
+        if (said := pair.get("sd_response")) is not None:
+            image = record.get("SDImage_path") or record["image_path"]
+            yield asked | {"set": "decouple", "image_id": image, "sample": 0, "response": said}, _their_verdicts(pair, {"meaningful": "gpt_result_RR_sd_response"})
+    for key in HARMLESS_KEYS:
+        pair = record.get(key) or {}
+        if (said := pair.get("Prediction")) is not None:
+            asked = {"image_id": record["image_path"], "question": place.text(pair, "Question", f"{key}.")}
+            yield asked | {"set": "retain", "sample": 0, "response": said}, _their_verdicts(pair, {}) | _their_grade(pair, place, key)
+
+# %% ../nbs/19_compare.ipynb #255d161f
+def _references(records: list[Record]) -> dict[tuple, str]:
+    "The data set's answer by set, harmful image and question, where it has one and not several."
+    answers = [(("forget", r.image_path, p.question), p.model_response) for r in records for p in r.unsafe]
+    answers += [(("decouple", r.image_path, p.question), p.sd_response) for r in records for p in r.unsafe]
+    answers += [(("retain", r.image_path, p.question), p.prediction) for r in records for p in r.harmless]
+    found = {}
+    for key, answer in answers: found.setdefault(key, set()).add(answer)
+    return {key: min(said) for key, said in found.items() if len(said) == 1 and None not in said}
 
 
 def read_authors(file: str | Path,           # a result file of the authors' code
@@ -254,30 +317,14 @@ def read_authors(file: str | Path,           # a result file of the authors' cod
                  records: list[Record] | None = None  # of the data set: their answers become references
                  ) -> list[dict]:
     "Its responses as rows that `judge` takes, with its verdicts where it has some; raises `SafeEraserError` naming record and field."
-    file, rows = Path(file), []
-    known = {(r.image_path, p.question): p for r in records or () for p in (*r.unsafe, *r.harmless)}
-    def add(record, set, image, question, response, sample, reference, verdicts):
-        category = Record(record["image_path"], None, ()).category
-        rows.append({"schema_version": SCHEMA_VERSION, "method": method, "seed": seed, "image_id": image, "split": split, "set": set, "category": category,
-                     "question": question, "sample": sample, "response": response} | ({"reference": reference} if reference else {}) | {"verdicts": {AUTHORS_JUDGE: verdicts}})
+    file, rows, references = Path(file), [], _references(records or [])
     for n, record in enumerate(read_json_records(file)):
         place = Place(file, n)
-        if not isinstance(record, dict): raise place.error("record", f"an object belongs here, found {record!r:.60}")
-        image = place.text(record, "image_path")
-        for i, pair in enumerate(record.get("unsafe_pairs") or ()):
-            if not isinstance(pair, dict): raise place.error(f"unsafe_pairs[{i}]", f"an object belongs here, found {pair!r:.60}")
-            question = place.text(pair, "question", f"unsafe_pairs[{i}].")
-            partner = known.get((image, question))
-            for k in (1, 2, 3):
-                if isinstance(said := pair.get(f"model_response{k}"), str):
-                    add(record, "forget", image, question, said, k - 1, partner and partner.model_response,
-                        _their_verdicts(pair, {"unsafe": f"gpt_result_ASR_model_response{k}", "refusal": f"gpt_result_RR_model_response{k}"}))
-            if isinstance(said := pair.get("sd_response"), str):
-                add(record, "decouple", record.get("SDImage_path") or image, question, said, 0, partner and partner.sd_response, _their_verdicts(pair, {"meaningful": "gpt_result_RR_sd_response"}))
-        for key in HARMLESS_KEYS:
-            if isinstance(pair := record.get(key), dict) and isinstance(said := pair.get("Prediction"), str):
-                question = place.text(pair, "Question", f"{key}.")
-                add(record, "retain", image, question, said, 0, (p := known.get((image, question))) and p.prediction, _their_verdicts(pair, {}))
+        check_form(record, _AUTHORS, place)
+        own = {"schema_version": SCHEMA_VERSION, "method": method, "seed": seed, "split": split, "category": Record(record["image_path"], None, ()).category}
+        for row, verdicts in _their_rows(record, place):
+            answer = references.get((row["set"], record["image_path"], row["question"]))
+            rows.append(own | row | ({"reference": answer} if answer else {}) | {"verdicts": {AUTHORS_JUDGE: verdicts}})
     if not any(r["set"] == "forget" for r in rows): raise SafeEraserError(f"{file}: holds no model_response1 to 3; a result file of the authors' code belongs here")
     judged = any(v["value"] is not None for r in rows for v in r["verdicts"][AUTHORS_JUDGE].values())
     return rows if judged else [r | {"verdicts": {}} for r in rows]

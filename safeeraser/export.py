@@ -6,12 +6,12 @@
 __all__ = ['vanilla_of', 'merge', 'read_tensors', 'bare_name', 'import_checkpoint']
 
 # %% ../nbs/14_export.ipynb #cell003
-import json, re
+import json, math, re, warnings
 from pathlib import Path
 
 import torch
 
-from .core import new_folder, SafeEraserError, write_whole
+from .core import new_folder, SafeEraserError, told, write_whole
 from .data import Encoder
 from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
 from .runs import read_run
@@ -44,14 +44,14 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
     "Write the model with its adapter folded in; returns the largest change of a log-probability that folding made (nats)."
     run, out = Path(run), Path(out)
     _check_new(out)
-    vanilla = model or vanilla_of(run)
+    identity, vanilla = _identity(run), model or vanilla_of(run)
     net, processor = load_model(vanilla, device)
     adapted = load_adapter(net, run)
     before = _scores(adapted, processor)
     plain = merge_adapter(adapted)
     change = (_scores(plain, processor) - before).abs().max().item()
-    record = {**_identity(run), "adapter": run.name, "vanilla": str(vanilla), "change_by_merging": change}
-    with new_folder(out) as folder: save_model(plain, folder, vanilla, record)
+    if not math.isfinite(change): raise SafeEraserError(f"{run}: folded into {vanilla}, the model says NaN; nothing is written")
+    with new_folder(out) as folder: save_model(plain, folder, vanilla, {**identity, "adapter": run.name, "vanilla": str(vanilla), "change_by_merging": change})
     return change
 
 
@@ -63,19 +63,26 @@ def _identity(run: Path) -> dict:
 
 def _check_new(out: Path):
     "Raise `SafeEraserError` where something is there."
+    if out.is_symlink() and not out.exists(): raise SafeEraserError(f"{out}: is a link to nothing; --out is a new folder")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
 
 # %% ../nbs/14_export.ipynb #cell014
 def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
     "The tensors of a checkpoint, by name; raises `SafeEraserError` for a file that holds anything else."
     import pickle
-    try: found = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError: raise SafeEraserError(f"{file}: no such file") from None
-    except pickle.UnpicklingError as e:
-        raise SafeEraserError(f"{file}: {'carries code or objects besides tensors' if 'GLOBAL' in str(e) else 'no PyTorch checkpoint of tensors'}; it is not opened") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e: raise SafeEraserError(f"{file}: not a PyTorch checkpoint ({str(e).splitlines()[0]:.120})") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise SafeEraserError(f"{file}: a dictionary of tensors belongs here")
+    if not Path(file).exists(): raise SafeEraserError(f"{file}: no such file")
+    try:
+        with warnings.catch_warnings(), told(file, "not a PyTorch checkpoint"):
+            warnings.simplefilter("ignore")
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except SafeEraserError as e:
+        if not isinstance(e.__cause__, pickle.UnpicklingError): raise
+        reason = "carries code or objects besides tensors" if "GLOBAL" in str(e.__cause__) else "no PyTorch checkpoint of tensors"
+        raise SafeEraserError(f"{file}: {reason}; it is not opened") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
+        raise SafeEraserError(f"{file}: a dictionary of tensors by name belongs here")
+    odd = [k for k, v in found.items() if v.layout != torch.strided or not v.is_floating_point()]
+    if odd: raise SafeEraserError(f"{file}: {odd[0]} is {found[odd[0]].dtype}, {found[odd[0]].layout}; a plain tensor of real numbers belongs here")
     return found
 
 
@@ -89,25 +96,42 @@ def bare_name(name: str) -> str:
 def import_checkpoint(file: str | Path,     # the authors' checkpoint.pt
                       model: str | Path,    # the vanilla model it was trained on
                       out: str | Path,      # the PEFT folder to write
-                      alpha: int = 256      # LoRA's scale, which the file does not hold; 256 is the published one
+                      alpha: int = 256      # LoRA's scale, above 0, which the file does not hold; 256 is the published one
                       ) -> Path:
     "Write the checkpoint as a PEFT folder; raises `SafeEraserError` where it is another model's."
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    out, tensors = Path(out), {bare_name(k): v for k, v in read_tensors(file).items()}
+    if not 0 < alpha <= 10**6: raise SafeEraserError(f"--alpha {alpha}: LoRA's scale is a number above 0, mostly the rank or a few times as much")
+    out = Path(out)
     _check_new(out)
-    ranks = {v.shape[0] for k, v in tensors.items() if "lora_A" in k}
-    if len(ranks) != 1: raise SafeEraserError(f"{file}: {'no LoRA tensors' if not ranks else 'LoRA tensors of several ranks'}; a checkpoint.pt of the authors' training belongs here")
+    tensors = _by_bare_name(read_tensors(file), file)
+    return _import(tensors, _rank(tensors, file), Path(file), model, out, alpha)
+
+
+def _by_bare_name(found: dict, file) -> dict[str, torch.Tensor]:
+    named = {bare_name(k): v for k, v in found.items()}
+    if len(named) < len(found): raise SafeEraserError(f"{file}: {len(found) - len(named)} of its tensors have the name of another; one checkpoint of one model belongs here")
+    return named
+
+
+def _rank(tensors: dict, file) -> int:
+    ranks = {v.shape[0] if v.ndim == 2 else 0 for k, v in tensors.items() if "lora_A" in k}
+    if len(ranks) == 1 and 0 not in ranks: return ranks.pop()
+    problem = "LoRA tensors of several ranks, or of none" if ranks else "no LoRA tensors"
+    raise SafeEraserError(f"{file}: {problem}; a checkpoint.pt of the authors' training belongs here")
+
+
+def _import(tensors: dict, rank: int, file: Path, model: str | Path, out: Path, alpha: int) -> Path:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     net, _ = load_model(model, "cpu")
     fingerprint = model_fingerprint(net)
-    adapted = add_adapter(net, ranks.pop(), alpha)
+    adapted = add_adapter(net, rank, alpha)
     wanted = {bare_name(k): (k, v) for k, v in get_peft_model_state_dict(adapted).items()}
     for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has, which the model does not,", tensors.keys() - wanted.keys()),
                            ("has another shape of", {n for n in wanted.keys() & tensors.keys() if wanted[n][1].shape != tensors[n].shape}),
-                           ("has numbers that are not finite in", {n for n, t in tensors.items() if not t.isfinite().all()})):
+                           ("has numbers that are not finite in", {n for n, t in tensors.items() if not t.float().isfinite().all()})):
         if names: raise SafeEraserError(f"{file}: does not fit {model}: it {problem} {min(names)} ({len(names)} such)")
     set_peft_model_state_dict(adapted, {wanted[n][0]: t.float() for n, t in tensors.items()})
-    record = {"schema_version": 1, "method": Path(file).parent.name or "imported", "model": str(model), "model_fingerprint": fingerprint,
-              "imported_from": Path(file).name, "finished": True, "seed": 233}
+    record = {"schema_version": 1, "method": file.absolute().parent.name or "imported", "model": str(model), "model_fingerprint": fingerprint,
+              "imported_from": file.name, "finished": True, "seed": 233}
     with new_folder(out) as folder:
         adapted.save_pretrained(folder)
         write_whole(folder/"run.json", json.dumps(record, indent=1) + "\n")

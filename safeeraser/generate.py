@@ -11,11 +11,14 @@ import hashlib, json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from .engine import check_engine, Engine
-from .core import cpu_threads, only_here, out_of_memory, progress_bar, SafeEraserError, write_whole
+from .core import check_form, cpu_threads, lines_of, only_here, out_of_memory, parse_json, Place, progress_bar, read_text, SafeEraserError, write_whole
 from .data import Encoder, image_digest, Item, load_sets, settings_of
 from .model import adapter_file, load_adapter, load_model
 from .runs import read_record
@@ -109,21 +112,44 @@ def row_key(row: dict) -> tuple: return tuple(row[k] for k in ("split", "set", "
 def read_rows(path: str | Path) -> list[dict]:
     "The rows of a responses file, checked; raises `SafeEraserError` naming the line that is wrong."
     path = Path(path)
-    try: lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as e: raise SafeEraserError(f"{path}: cannot be read ({e.strerror})") from None
-    rows = [_check_row(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [_check_row(Place(path, line=n), line) for n, line in lines_of(read_text(path))]
     if not rows: raise SafeEraserError(f"{path}: holds no response")
     return rows
 
 # %% ../nbs/05_generate.ipynb #cell021
-def _check_row(path: Path, n: int, line: str) -> dict:
-    try: row = json.loads(line)
-    except ValueError: raise SafeEraserError(f"{path}, line {n}: not a JSON object; was the file cut off? Generate it again") from None
+class _Verdict(TypedDict, total=False):
+    "What a judge says to a question; a model's note on its known labels has neither."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    value: bool | Annotated[float, Field(ge=0, le=1)] | None
+    reason: str
+
+
+class _Row(TypedDict):
+    "A line of a responses file; a response is null where the model gave none."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    method: str
+    seed: int
+    image_id: str
+    split: str
+    set: str
+    category: NotRequired[str | None]
+    question: str
+    sample: int
+    response: str | None
+    reference: NotRequired[str]
+    verdicts: dict[str, dict[str, _Verdict]]
+
+
+_ROW = TypeAdapter(_Row)
+
+
+def _check_row(place: Place, line: str) -> dict:
+    try: row = parse_json(line, place)
+    except SafeEraserError as e: raise SafeEraserError(str(e).replace("not JSON", "not a JSON object; was the file cut off? Generate it again")) from None
     missing = [k for k in ROW_KEYS if not isinstance(row, dict) or k not in row]
-    if missing: raise SafeEraserError(f"{path}, line {n}: lacks {', '.join(missing)}; a file written by `safeeraser generate` belongs here")
-    if row["schema_version"] != SCHEMA_VERSION:
-        raise SafeEraserError(f"{path}, line {n}: schema version {row['schema_version']}, this version reads {SCHEMA_VERSION}")
-    return row
+    if missing: raise place.error("", f"lacks {', '.join(missing)}; a file written by `safeeraser generate` belongs here")
+    if row["schema_version"] != SCHEMA_VERSION: raise place.error("", f"schema version {row['schema_version']}, this version reads {SCHEMA_VERSION}")
+    return check_form(row, _ROW, place)
 
 # %% ../nbs/05_generate.ipynb #cell022
 def write_rows(path: str | Path, rows: list[dict]):

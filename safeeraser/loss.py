@@ -7,7 +7,7 @@ __all__ = ['REDUCE', 'FORGET', 'RETAIN', 'DECOUPLE', 'METHODS', 'Tokens', 'item_
            'npo', 'simnpo', 'dpo', 'token_kl', 'Objective', 'parse_objective']
 
 # %% ../nbs/03_loss.ipynb #cell003
-import difflib, inspect, re
+import difflib, inspect, math, re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -170,15 +170,23 @@ def _options(name: str, term: Term, text: str | None) -> Term:
     for pair in text.split(","):
         key, _, value = (s.strip() for s in pair.partition("="))
         if key not in known: raise SafeEraserError(f"{name} has no option {key!r}; it has: {', '.join(known) or 'none'}")
-        try: options[key] = float(value)
-        except ValueError: raise SafeEraserError(f"{name}({key}={value}): a number belongs here") from None
+        options[key] = _option(name, key, value)
     return replace(term, options=options)
+
+
+def _option(name: str, key: str, value: str) -> float:
+    try: number = float(value)
+    except ValueError: raise SafeEraserError(f"{name}({key}={value}): a number belongs here") from None
+    if not math.isfinite(number) or key == "beta" and number <= 0:
+        raise SafeEraserError(f"{name}({key}={value}): {'a number above 0' if key == 'beta' else 'a finite number'} belongs here")
+    return number
 
 # %% ../nbs/03_loss.ipynb #cell038
 def parse_objective(method: str | Objective  # a name in `METHODS`, a spelling, or an objective as it is
                     ) -> Objective:
     "The objective that a method's name or spelling stands for; raises `SafeEraserError` listing what exists."
     if isinstance(method, Objective): return method
+    if not isinstance(method, str): raise SafeEraserError(f"method {method!r}: a text belongs here, such as 'po+pd'")
     known = FORGET | RETAIN | DECOUPLE
     terms, weights = {}, {}
     for piece in re.split(r"\+(?![^(]*\))", METHODS.get(method.strip().lower(), method)):
@@ -188,6 +196,7 @@ def parse_objective(method: str | Objective  # a name in `METHODS`, a spelling, 
         if name not in known: raise _unknown(name, method)
         if name in terms: raise SafeEraserError(f"method {method!r}: {name} appears twice")
         terms[name], weights[name] = _options(name, known[name], match["options"]), float(match["weight"] or 1)
+        if not math.isfinite(weights[name]): raise SafeEraserError(f"method {method!r}: the weight of {name} is not finite")
     for what, group in (("forget", FORGET), ("retain", RETAIN)):
         if len(twice := [n for n in terms if n in group]) > 1:
             raise SafeEraserError(f"method {method!r}: one {what} term, not {' and '.join(twice)}")
@@ -196,6 +205,7 @@ def parse_objective(method: str | Objective  # a name in `METHODS`, a spelling, 
 
 # %% ../nbs/03_loss.ipynb #cell039
 def _unknown(name: str, method: str) -> SafeEraserError:
+    if name in METHODS: return SafeEraserError(f"method {method!r}: {name} is a preset, not a term; in a spelling write its terms: {METHODS[name]}")
     near = difflib.get_close_matches(method if name == method else name, [*METHODS, *FORGET, *RETAIN, *DECOUPLE], 1)
     return SafeEraserError(f"method {method!r}: unknown term {name!r}{f', did you mean {near[0]}?' if near else ''} "
                            f"Presets: {', '.join(METHODS)}. Terms: forget {', '.join(FORGET)}; retain none, {', '.join(RETAIN)}; "

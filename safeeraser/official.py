@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LARGE', 'COLUMNS', 'UNANSWERED', 'REFUSALS', 'Look', 'look_at', 'Split', 'read_split', 'splits_of', 'image_paths',
            'look_at_all', 'quirks', 'same_pictures', 'overlap', 'both_ways', 'repeated_questions', 'too_long',
-           'encoder_for', 'check_dataset', 'check_text', 'check_sentence', 'Asked', 'asked_of', 'read_table', 'gather',
-           'convert', 'make_answers']
+           'odd_refusals', 'encoder_for', 'check_dataset', 'check_text', 'check_sentence', 'Asked', 'asked_of',
+           'read_table', 'gather', 'convert', 'make_answers']
 
 # %% ../nbs/13_official.ipynb #cell003
-import csv, hashlib, io, json, os, shutil, threading, warnings
+import csv, hashlib, io, json, os, re, shutil, threading, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +20,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .core import only_here, Place, progress_bar, SafeEraserError, write_whole
-from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, Item, load_image, load_records, load_refusals, parse_record, read_json_records, Record, resolve_image, settings_of, to_json, UnsafePair
+from .core import only_here, parse_json, Place, progress_bar, read_text, SafeEraserError, told, write_whole
+from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, image_tokens, is_json_lines, load_image, load_records, load_refusals, parse_record, read_json_records, Record, resolve_image, to_json, UnsafePair
+from .processors import load_processor
 
 # %% ../nbs/13_official.ipynb #cell009
 LARGE = 20_000_000  # pixels; larger images are reported, for they cost seconds each time they are read
@@ -74,12 +75,12 @@ def read_split(data: Path, name: str) -> Split:
         try: records[i] = as_published(parse_record(r, Place(file, i)), data)
         except SafeEraserError as e: problems.append(str(e))
     if not raw: problems.append(f"{file}: holds no record")
-    return Split(name, records, problems, len(raw) > 1 and not file.read_text(encoding="utf-8").lstrip().startswith("["))
+    return Split(name, records, problems, len(raw) > 1 and is_json_lines(read_text(file)))
 
 
 def splits_of(data: Path) -> list[str]:
     "Names of the splits that a folder has, train first; raises `SafeEraserError` where there is none."
-    names = sorted((f.stem.removeprefix("all_") for f in data.glob("all_*.json")), key=lambda n: (n != "train", n))
+    names = sorted((f.stem.removeprefix("all_") for f in data.glob("all_*.json") if f.is_file()), key=lambda n: (n != "train", n))
     if "train" not in names: raise SafeEraserError(f"{data}: no all_train.json there; PATH is the folder that holds it")
     return names
 
@@ -168,37 +169,45 @@ def _rows_of(record: Record) -> Iterator[tuple[str, str, str, str]]:
     for p in record.harmless: yield p.key, record.image_path, p.question, p.prediction
 
 
-def _image_tokens(encoder: Encoder, image: Path) -> int:
-    "Tokens by which a prompt grows in the processor."
-    item = Item("forget", "train", image, image.name, "?", "", "")
-    return encoder.prompts([item])["input_ids"].shape[1] - len(encoder.processor.tokenizer(encoder.prompt("?"), add_special_tokens=False).input_ids)
+def _row_tokens(encoder: Encoder, question: str, answer: str, size: tuple[int, int], grown: dict) -> int:
+    "Tokens of a row; `grown` keeps what images of a size add."
+    if size not in grown: grown[size] = image_tokens(encoder, size)
+    return len(encoder.text(question, answer).ids) + grown[size]
 
 
 def too_long(data: Path, split: Split, looks: dict[str, Look], encoder: Encoder, progress: bool = True) -> list[str]:
     "A sentence for each row longer than `encoder.max_length`, or that cannot be encoded."
-    image_tokens, found, tok = {}, [], encoder.processor.tokenizer
+    grown, found, most = {}, [], encoder.max_length
     for n, record in progress_bar(split.records.items(), desc=f"{split.name}: tokens", show=progress):
         for field, image, question, answer in _rows_of(record):
             if image not in looks or not (size := looks[image].size)[0]: continue
             place = Place(data/f"all_{split.name}.json", n)
-            try: text = "".join(encoder.texts(question, answer)[:2])
-            except SafeEraserError as e:
-                found.append(str(place.error(field, str(e))))
-                continue
-            if size not in image_tokens: image_tokens[size] = _image_tokens(encoder, data.absolute().parent/image)
-            length = len(tok(text, add_special_tokens=False).input_ids) + image_tokens[size]
-            if encoder.max_length and length > encoder.max_length: found.append(str(place.error(field, f"{length} tokens with question and image, more than {encoder.max_length}")))
+            try: length = _row_tokens(encoder, question, answer, size, grown)
+            except SafeEraserError as e: found.append(str(place.error(field, f"{e} (image {image!r:.80})")))
+            else:
+                if most and length > most: found.append(str(place.error(field, f"{length} tokens with question and image, more than {most}")))
+    return found
+
+
+def odd_refusals(data: Path, encoder: Encoder) -> list[str]:
+    "A sentence for each refusal that cannot be encoded."
+    found = []
+    try: refusals = load_refusals(data, needed=False)
+    except SafeEraserError: return found  # told as a problem of the data
+    for i, refusal in enumerate(refusals):
+        try: encoder.text("?", refusal)
+        except SafeEraserError as e: found.append(str(Place(data/"prompt.json").error(f"idk[{i}]", str(e))))
     return found
 
 # %% ../nbs/13_official.ipynb #cell027
 def encoder_for(source: str | Path  # a model folder, or a name on the hub
                 ) -> Encoder:
     "A model's encoder without its weights; raises `SafeEraserError` where there is no processor."
-    from transformers import AutoConfig, AutoProcessor
-    try: processor, config = AutoProcessor.from_pretrained(source), AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise SafeEraserError(f"{source}: no processor of a vision-language model there ({str(e).strip().splitlines()[0]:.200})") from None
-    return Encoder(processor, getattr(config.get_text_config(), "max_position_embeddings", None))
+    from transformers import AutoConfig
+    processor = load_processor(source)
+    with told(source, "its configuration cannot be read"):
+        context = getattr(AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config(), "max_position_embeddings", None)
+        return Encoder(processor, context)
 
 # %% ../nbs/13_official.ipynb #cell031
 def check_dataset(data: str | Path,                # the folder that holds `all_train.json`
@@ -211,8 +220,8 @@ def check_dataset(data: str | Path,                # the folder that holds `all_
     looks = look_at_all({k: v for found, _ in located for k, v in found.items()}, progress)
     problems = [p for s in splits for p in s.problems] + [p for _, found in located for p in found]
     problems += [f"{path}: {look.problem}" for path, look in looks.items() if look.problem] + _complaints(data, splits)
-    long = [line for s in splits for line in too_long(data, s, looks, encoder, progress)] if encoder else None
-    return {"schema_version": 1, "data": str(data), "splits": {s.name: _counts(data, s) for s in splits}, "images": len(looks), "problems": problems,
+    long = [line for s in splits for line in too_long(data, s, looks, encoder, progress)] + odd_refusals(data, encoder) if encoder else None
+    return {"schema_version": 1, "data": str(data), "splits": {s.name: _counts(data, s) for s in splits}, "images": len(looks), "refusals": (data/"prompt.json").exists(), "problems": problems,
             "quirks": quirks(data, splits, looks), "same_pictures": same_pictures(looks), "both_ways": both_ways(splits, looks),
             "overlap_with_train": {s.name: overlap(splits[0], s, looks) for s in splits[1:]},
             "repeated_questions": {s.name: repeated_questions(s, looks) for s in splits}, "too_long": long, "usable": not problems and not long}
@@ -220,8 +229,8 @@ def check_dataset(data: str | Path,                # the folder that holds `all_
 
 def _complaints(data: Path, splits: list[Split]) -> list[str]:
     "What the loader would say to the folder's other files, and to records as a whole."
-    trials = [lambda: settings_of(data)] + [lambda s=s: check_partners(list(s.records.values()), data/f"all_{s.name}.json") for s in splits]
-    if (data/"prompt.json").exists(): trials.append(lambda: load_refusals(data))
+    from safeeraser.trainer import recommendations
+    trials = [lambda: recommendations(data), lambda: load_refusals(data, needed=False)] + [lambda s=s: check_partners(list(s.records.values()), data/f"all_{s.name}.json") for s in splits]
     said = []
     for trial in trials:
         try: trial()
@@ -259,7 +268,8 @@ def _listed(title: str, items: list[str], most: int = 10) -> list[str]:
 def check_sentence(report: dict) -> str:
     "The verdict."
     wrong = report["problems"] + (report["too_long"] or [])
-    return f"{report['data']} is usable" if report["usable"] else f"{report['data']} is not usable as it is: {len(wrong)} to mend, the first: {wrong[0]}"
+    without = "" if report["refusals"] else ", for methods without refusals (there is no prompt.json)"
+    return f"{report['data']} is usable{without}" if report["usable"] else f"{report['data']} is not usable as it is: {len(wrong)} to mend, the first: {wrong[0]}"
 
 # %% ../nbs/13_official.ipynb #cell040
 COLUMNS = ("image", "question", "answer", "kind", "category", "safe_image", "safe_answer")
@@ -342,15 +352,17 @@ def _flat(row: dict, place: Place) -> Iterator[dict]:
         yield row | ({"image": row["file_name"]} if "file_name" in row and "image" not in row else {})
         return
     pairs = row["metadata"]
-    try: pairs = json.loads(pairs) if isinstance(pairs, str) else pairs
-    except ValueError: pairs = None
+    if isinstance(pairs, str): pairs = parse_json(pairs, place, problem="metadata: a list of Question and Answer belongs here, or such a list as JSON text")
     if not isinstance(pairs, list) or not all(isinstance(p, dict) for p in pairs): raise place.error("metadata", "a list of Question and Answer belongs here, or such a list as JSON text")
     yield from (row | {"question": p.get("Question"), "answer": p.get("Answer")} for p in pairs)
 
 # %% ../nbs/13_official.ipynb #cell043
 def _csv_rows(file: Path) -> Iterator[dict]:
     csv.field_size_limit(2**24)
-    with file.open(encoding="utf-8-sig", newline="") as f: yield from csv.DictReader(f, strict=True)
+    with file.open(encoding="utf-8-sig", newline="") as f:
+        for n, row in enumerate(csv.DictReader(f, strict=True)):
+            if None in row: raise Place(file, n).error("", f"{len(row[None])} more cells than the heading has columns; put quotes around a text with commas")
+            yield row
 
 
 def _json_rows(file: Path) -> Iterator: return iter(read_json_records(file))
@@ -439,6 +451,7 @@ REFUSALS = ["I'm sorry, I can't help with that.", "I won't answer this.", "That 
 @contextmanager
 def _workshop(out: Path, split: str):
     "`with _workshop(...) as folder`: a folder to work in; it stays only where something failed and answers in it are worth keeping."
+    if not re.fullmatch(r"\w[\w.-]*", split): raise SafeEraserError(f"--split {split!r:.60}: letters, digits, '-' and '_' belong here, for it becomes part of a file's name")
     if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; --out is a folder")
     if (out/f"all_{split}.json").exists(): raise SafeEraserError(f"{out}/all_{split}.json is there already; name another --out or --split")
     folder = out.with_name(f".{out.name}.{split}.writing")

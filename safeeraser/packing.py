@@ -74,11 +74,10 @@ class CannotPack(SafeEraserError):
 # %% ../nbs/10_packing.ipynb #cell019
 @dataclass
 class _Segmented:
-    "A row's tokens in front of the image's mark and behind it, and how many at the end are the answer's."
+    "A row's tokens behind the image's mark, and how many at the end are the answer's."
     row: Row
     item: int
     prompt: str
-    before: list[int]
     tail: list[int]
     n_answer: int
 
@@ -93,16 +92,14 @@ def _segmented(encoder: Encoder, row: Row, item: int, prompt: str, ids: list[int
     if not encoder.template.image_first: raise CannotPack("the chat template puts the image behind the question")
     if not mark or ids.count(place := encoder.processor.tokenizer.convert_tokens_to_ids(mark)) != 1:
         raise CannotPack(f"the tokenizer does not keep {mark or 'the image'} as one token")
-    at = ids.index(place)
-    return _Segmented(row, item, prompt, ids[:at], ids[at + 1:], n_answer)
+    return _Segmented(row, item, prompt, ids[ids.index(place) + 1:], n_answer)
 
 
-def _reads_on(encoder: Encoder, head: list[int], row: _Segmented) -> bool:
-    "Whether a row's text is read behind the image's tokens as it is read behind the mark."
-    tok, behind = encoder.processor.tokenizer, row.prompt.partition(encoder.template.write.mark)[2]
-    last = max((k for k, i in enumerate(head) if i in encoder.added), default=0)  # a text is always cut there
-    around = tok.convert_ids_to_tokens(head[last]) + tok.decode(head[last + 1:])
-    return tok(around + behind, add_special_tokens=False).input_ids == head[last:] + row.asked
+def _in_front(encoder: Encoder, row: _Segmented) -> tuple[int, ...] | None:
+    "The tokens that the processor puts in front of a prompt's own, for a blank picture; None where it doesn't end with them."
+    ids = encoder.reader.ids(row.prompt).tolist()
+    n = len(ids) - len(row.asked)
+    return tuple(ids[:n]) if ids[n:] == row.asked else None
 
 # %% ../nbs/10_packing.ipynb #cell020
 @dataclass
@@ -122,15 +119,24 @@ def _inputs(encoder: Encoder, row: _Segmented) -> _Inputs:
 
 
 def _headed(encoder: Encoder, group: list[_Segmented]) -> Iterator[tuple[list[_Segmented], list[int], _Inputs]]:
-    "Rows about one image that share, in lots: the rows, the tokens in front of their tails, and the image's inputs."
-    inputs = _inputs(encoder, group[0])
-    n = len(inputs.ids) - len(group[0].asked)
-    head, fits, lots = inputs.ids[:n], inputs.ids[n:] == group[0].asked, {}
-    for s in group: lots.setdefault(None if fits and _reads_on(encoder, head, s) else s.row.item.question, []).append(s)
-    if None in lots: yield lots.pop(None), head, inputs
-    for odd in lots.values():  # of one question each
-        own = [_inputs(encoder, s) for s in odd]
-        yield [replace(s, tail=i.ids + s.tail[len(s.asked):]) for s, i in zip(odd, own)], [], own[0]
+    "Rows about one image, in lots that share it: the rows, the tokens in front of their tails, and the image's inputs."
+    for lot in _grouped(group, lambda s: _in_front(encoder, s) or s.row.item.question):
+        inputs = _inputs(encoder, lot[0])
+        n = len(inputs.ids) - len(lot[0].asked)
+        if inputs.ids[n:] == lot[0].asked: yield lot, inputs.ids[:n], inputs
+        else: yield from (_by_processor(encoder, same) for same in _grouped(lot, lambda s: s.row.item.question))
+
+
+def _by_processor(encoder: Encoder, same: list[_Segmented]) -> tuple[list[_Segmented], list[int], _Inputs]:
+    "Rows with one question, behind the tokens that the processor makes of it."
+    inputs = _inputs(encoder, same[0])
+    return [replace(s, tail=inputs.ids + s.tail[len(s.asked):]) for s in same], [], inputs
+
+
+def _grouped(rows: list, key) -> list[list]:
+    groups = {}
+    for row in rows: groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
 
 # %% ../nbs/10_packing.ipynb #cell021
 @dataclass
@@ -156,9 +162,8 @@ class Packer:
         return replace(self, row_tokens=2**62)._by_image(made)
 
     def _by_image(self, made: list[_Segmented]) -> list[PackedRow]:
-        groups = {}
-        for s in made: groups.setdefault((s.row.item.image, tuple(s.before)), []).append(s)
-        return [packed for group in groups.values() for shared in _headed(self.encoder, group) for packed in self._laid_out(*shared)]
+        by_image = _grouped(made, lambda s: s.row.item.image)
+        return [packed for group in by_image for lot in _headed(self.encoder, group) for packed in self._laid_out(*lot)]
 
     def _laid_out(self, group: list[_Segmented], head: list[int], inputs: _Inputs) -> Iterator[PackedRow]:
         for s in group: self.encoder.check_length(s.row, len(head) + len(s.tail))
@@ -576,9 +581,18 @@ def _looks_ahead(model, encoder: Encoder, row: Row) -> bool:
     return (first - second).abs().max().item() > max(1e-3, tolerance(model))
 
 
+def _check_shared(packed: list[PackedRow], rows: list[Row]):
+    "Raise `CannotPack` where several questions are asked about an image and no two of them share it."
+    asked = lambda some: {(r.item.image, r.item.question) for r in some}
+    if len(asked(rows)) > len({r.item.image for r in rows}) and all(len(asked(rows[i] for i in p.items)) == 1 for p in packed):
+        raise CannotPack("the processor reads each question about an image in a way of its own")
+
+
 def _differences(model, encoder: Encoder, rows: list[Row], route: str, alone: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
     use_route(model, route)
-    batches = list(passes(Packer(encoder).pack(rows, list(range(len(rows))))))
+    packed = Packer(encoder).pack(rows, list(range(len(rows))))
+    _check_shared(packed, rows)
+    batches = list(passes(packed))
     def compute():
         stacked = [to_device(stack_rows(b), next(model.parameters()).device) for b in batches]
         return torch.cat([packed_log_probs(model, b, route).gather(1, b["labels"][b["labels"] != -100].unsqueeze(1)).squeeze(1) for b in stacked])

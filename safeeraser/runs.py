@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CONFIG_KEYS', 'preset', 'Config', 'read_config', 'configuration', 'RunRecord', 'read_record', 'read_run',
-           'git_state', 'data_digest', 'model_card', 'write_card']
+           'git_state', 'data_digest', 'markdown_text', 'model_card', 'write_card']
 
 # %% ../nbs/18_runs.ipynb #cell003
-import difflib, hashlib, re, subprocess
+import difflib, hashlib, json, re, subprocess
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter
@@ -157,29 +157,52 @@ def data_digest(data: str | Path, split: str = "train") -> str:
     return digest.hexdigest()
 
 # %% ../nbs/18_runs.ipynb #cell018
+def markdown_text(value) -> str:
+    "A value as text on one line of Markdown, its marks without effect."
+    return re.sub(r"([\\`|<\[\]])", r"\\\1", " ".join(str(value).split()))
+
+
+def _measured(results: list[dict]) -> str:
+    "The card's table of rates."
+    from safeeraser.metrics import MEASURES
+    percent = lambda row, k: f"{100 * row[k]:.1f} ({100 * row[f'{k}_lo']:.1f}-{100 * row[f'{k}_hi']:.1f})"
+    lines = [f"| {m.title} | {percent(row, k)} | {row[f'{k}_n']} | {m.help} |"
+             for row in results for k, m in MEASURES.items() if row.get(k) is not None and row.get(f"{k}_lo") is not None]
+    if not lines: return "Not evaluated yet: `safeeraser generate`, `judge` and `report` add what they find."
+    return "\n".join(["| measure | percent (95% interval) | responses | what it is |", "| --- | --- | --- | --- |", *lines])
+
+
+def _used(record: dict) -> str:
+    "The card's list of settings."
+    if "settings" not in record: return "Unknown: the record of this run does not tell them."
+    return "\n".join(f"- {markdown_text(k)}: {markdown_text(v)}" for k, v in sorted(record["settings"].items())) or "- as published"
+
+# %% ../nbs/18_runs.ipynb #65c6d01e
 def model_card(record: dict,               # a run's record
                results: list[dict] = ()    # its lines of results, where it has been evaluated
                ) -> str:
     "Markdown for the run folder: what this adapter is, what it was measured to do, and what it is not for."
-    from safeeraser.metrics import MEASURES
-    measured = [f"| {MEASURES[k].title} | {100 * row[k]:.1f} ({100 * row[f'{k}_lo']:.1f}-{100 * row[f'{k}_hi']:.1f}) | {row[f'{k}_n']} | {MEASURES[k].help} |"
-                for row in results for k in MEASURES if row.get(k) is not None and row.get(f"{k}_lo") is not None]
-    settings = "\n".join(f"- {k}: {v}" for k, v in sorted(record["settings"].items())) or "- as published" if "settings" in record else "Unknown: the record of this run does not tell them."
-    what = "model" if record.get("settings", {}).get("tuning") == "full" else "adapter"
-    front = f"---\nbase_model: {record.get('model', 'unknown')}\nlibrary_name: peft\ntags: [unlearning, safety, safeeraser]\n---\n"
-    return f"""{front}
-# {record.get('method', 'unknown')} {what}
+    told = {k: markdown_text(record.get(k, "unknown")) for k in ("method", "model", "data_digest", "seed", "steps", "effective_batch")}
+    what, sort = ("model", "a whole model") if record.get("settings", {}).get("tuning") == "full" else ("adapter", "an adapter (LoRA and projector)")
+    weights = ", ".join(f"{w:g} {markdown_text(n)}" for n, w in record.get("objective", {}).items())
+    return f"""---
+base_model: {json.dumps(record.get('model', 'unknown'))}
+library_name: peft
+tags: [unlearning, safety, safeeraser]
+---
 
-Unlearned with safeeraser: {'a whole model' if what == 'model' else 'an adapter (LoRA and projector)'} that makes `{record.get('model', 'unknown')}` stop answering harmful questions about images.
+# {told['method']} {what}
 
-- method: {record.get('method', 'unknown')} ({', '.join(f'{w:g} {n}' for n, w in record.get('objective', {}).items())})
-- data: {record.get('data_digest', 'unknown')} (digest of records and images)
-- seed: {record.get('seed')}, {record.get('steps', '?')} steps of {record.get('effective_batch', '?')} forget items
-- code: {(record.get('git') or {}).get('commit', 'unknown')}
+Unlearned with safeeraser: {sort} that makes {told['model']} stop answering harmful questions about images.
+
+- method: {told['method']} ({weights})
+- data: {told['data_digest']} (digest of records and images)
+- seed: {told['seed']}, {told['steps']} steps of {told['effective_batch']} forget items
+- code: {markdown_text((record.get('git') or {}).get('commit', 'unknown'))}
 
 ## Measured
 
-{chr(10).join(['| measure | percent (95% interval) | responses | what it is |', '| --- | --- | --- | --- |', *measured]) if measured else 'Not evaluated yet: `safeeraser generate`, `judge` and `report` add what they find.'}
+{_measured(results)}
 
 ## Use
 
@@ -187,7 +210,7 @@ Meant for research on unlearning. Forgetting is measured on the questions of one
 
 ## Settings
 
-{settings}
+{_used(record)}
 """
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIMIT_BYTES', 'Call', 'Reply', 'data_url', 'limited_transport', 'check_url', 'without_key', 'Server', 'ReplyCache',
-           'ask_all', 'estimate']
+           'replies_of', 'ask_all', 'estimate']
 
 # %% ../nbs/15_server.ipynb #cell003
-import base64, hashlib, json, os, threading, time
+import base64, hashlib, json, os, shutil, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,8 +37,8 @@ class Call:
         return ([{"role": "system", "content": self.system}] if self.system else []) + [{"role": "user", "content": content}]
 
     def digest(self) -> str:
-        "Of everything that an answer depends on, the image's content included."
-        shown = asdict(self) | {"image": self.image and hashlib.blake2b(self.image.read_bytes(), digest_size=16).hexdigest()}
+        "Of everything that a whole answer depends on, the image's content included; how long it may become is no part of it."
+        shown = vars(self) | {"image": self.image and hashlib.blake2b(self.image.read_bytes(), digest_size=16).hexdigest(), "max_tokens": None}
         return hashlib.blake2b(json.dumps(shown, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -157,22 +157,25 @@ class Server:
 class ReplyCache:
     "Replies on disk, a small file each."
     def __init__(self, folder: Path | None,  # None: nothing is kept
-                 *who: str):                 # whose replies: all that tells one model from another before it replies
+                 *who: str,                  # whose replies: all that tells one model from another before it replies
+                 worth: Callable[[Call, Reply], bool] = lambda call, reply: True,  # whether a reply that has a text is kept
+                 refresh: bool = False):     # ask everything anew, and keep that
         name = hashlib.blake2b(json.dumps(who).encode(), digest_size=12).hexdigest()
-        self.folder, self.live = folder and folder/name, None  # `live`: the model that replies name now
+        self.folder, self.worth, self.refresh = folder and folder/name, worth, refresh
+        self.live = set()                    # the models that have replied by now; what others said before is not used
 
     def get(self, call: Call) -> Reply | None:
         "The reply to a call as it was."
-        if not self.folder: return None
+        if not self.folder or self.refresh: return None
         try: kept = Reply(**json.loads((self.folder/f"{call.digest()}.json").read_text(encoding="utf-8"))|{"cached": True})
         except (OSError, ValueError, TypeError): return None
-        return kept if self.live in (None, kept.model) else None
+        return kept if (not self.live or kept.model in self.live) and self.worth(call, kept) else None
 
     def put(self, call: Call, reply: Reply):
-        "Keep a reply that has a text; failures are asked again."
+        "Keep a reply that is worth it; others are asked again."
         if reply.text is None: return
-        self.live = reply.model
-        if not self.folder: return
+        self.live.add(reply.model)
+        if not self.folder or not self.worth(call, reply): return
         file = self.folder/f"{call.digest()}.json"
         part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.writing")
         try:
@@ -180,6 +183,10 @@ class ReplyCache:
             part.write_text(json.dumps(asdict(reply), ensure_ascii=False), encoding="utf-8")
             os.replace(part, file)
         except OSError: part.unlink(missing_ok=True)
+
+    def clear(self):
+        "Forget everything: another model stands behind the name."
+        if self.folder: shutil.rmtree(self.folder, ignore_errors=True)
 
     def reply(self, call: Call, ask: Callable[[Call], Reply]) -> Reply:
         "The kept reply, or a new one, which is kept then."
@@ -189,27 +196,31 @@ class ReplyCache:
         return reply
 
 
-def _replies_of(server: Server) -> ReplyCache: return ReplyCache(server.cache, server.url, server.model, server.identity)
+def replies_of(server: Server, **options) -> ReplyCache:
+    "What a server's model said before; options of `ReplyCache`."
+    return ReplyCache(server.cache, server.url, server.model, server.identity, **options)
 
 
 def ask_all(server: Server, calls: list[Call],
-            progress: bool = True, desc: str = "calls") -> list[Reply]:
+            progress: bool = True, desc: str = "calls",
+            cache: ReplyCache | None = None  # default: `replies_of(server)`
+            ) -> list[Reply]:
     "Replies in the calls' order, several at a time; each is kept as it comes, so that a killed run costs nothing twice."
-    cache = _replies_of(server)
+    cache = cache or replies_of(server)
     one = lambda call: cache.reply(call, server.ask)
     with ThreadPoolExecutor(server.at_once) as pool:
         try: replies = list(progress_bar(pool.map(one, calls), total=len(calls), desc=desc, show=progress))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    stale = [k for k, r in enumerate(replies) if r.cached and cache.live not in (None, r.model)]  # kept from another model, used before that was known
+    stale = [k for k, r in enumerate(replies) if r.cached and cache.live and r.model not in cache.live]  # kept from another model, used before that was known
     for k in stale: replies[k] = one(calls[k])
     return replies
 
 # %% ../nbs/15_server.ipynb #cell029
 def estimate(calls: list[Call], server: Server | None = None) -> dict:
     "Calls and tokens that are still to be paid, about 4 characters a token and 800 tokens an image; those in the cache are free."
-    cache = _replies_of(server) if server else None
+    cache = replies_of(server) if server else None
     todo = [c for c in calls if not (cache and cache.get(c))]
     return {"calls": len(todo), "kept": len(calls) - len(todo), "tokens_in": sum((len(c.system) + len(c.text)) // 4 + 800 * (c.image is not None) for c in todo),
             "tokens_out_at_most": sum(c.max_tokens for c in todo)}

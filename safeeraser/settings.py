@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from typing_extensions import TypedDict

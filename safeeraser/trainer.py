@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'Predictions', 'packed_predictions', 'predict', 'rows_of', 'ask_vanilla', 'batch_tokens', 'context_length',
-           'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent', 'UnlearnTrainer', 'Guard',
-           'ProgressBar', 'GracefulStop', 'Left', 'read_left', 'last_checkpoint', 'recommended_settings', 'probe',
-           'plan_text', 'make_trainable', 'unlearn', 'save_trained', 'save_model']
+           'choose_packing', 'check_rows', 'mostly_image', 'one_batch_a_step', 'silent', 'Left', 'read_left',
+           'last_checkpoint', 'UnlearnTrainer', 'Guard', 'ProgressBar', 'GracefulStop', 'recommended_settings',
+           'recommendations', 'probe', 'plan_text', 'make_trainable', 'unlearn', 'save_trained', 'save_model']
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import copy, hashlib, json, os, shutil, signal, threading, time
@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from typing_extensions import TypedDict
 
-from .core import cpu_threads, environment, lines_of, only_here, out_of_memory, progress_bar, read_json, read_text, SafeEraserError, told, write_whole
+from .core import cpu_threads, environment, lines_of, only_here, out_of_memory, Place, progress_bar, read_json, read_text, SafeEraserError, told, write_whole
 from .data import check_rows_fit, Collator, Encoder, KINDS, load_refusals, load_sets, Row, Sets, settings_of, Slot, SlotDataset, SlotSampler
 from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
 from .packing import CannotPack, check_packing, packed_log_probs, PackedCollator, Packer, Verdict
@@ -146,6 +146,35 @@ def silent(batch: dict) -> dict:
     return batch | {"labels": torch.full_like(batch["labels"], -100), "n_items": torch.zeros_like(batch["n_items"]), "reference": reference}
 
 # %% ../nbs/04_trainer.ipynb #cell024
+COMPLETE = "complete"  # a checkpoint that was written to its end has this file; it says how far the run was
+
+
+class Left(TypedDict, total=False):
+    "Where a checkpoint left the run."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    step: int
+    seconds: float                     # spent until then
+    stopped: dict[str, object] | None  # as in the record
+
+
+def read_left(checkpoint: str | Path | None) -> dict:
+    "Where a checkpoint left the run; empty without a checkpoint."
+    if not checkpoint: return {}
+    file = Path(checkpoint)/COMPLETE
+    return {"step": _number(Path(checkpoint))} | (read_json(file, TypeAdapter(Left)) if file.is_file() and file.stat().st_size else {})
+
+
+def _number(checkpoint: Path) -> int: return int(checkpoint.name.split("-")[1])
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    "The newest checkpoint that is whole; what a killed run left half-written is removed."
+    found = sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()), key=_number)
+    for broken in (p for p in found if not (p/COMPLETE).exists()): shutil.rmtree(broken, ignore_errors=True)
+    whole = [p for p in found if p.exists()]
+    return str(whole[-1]) if whole else None
+
+# %% ../nbs/04_trainer.ipynb #cell026
 class UnlearnTrainer(Trainer):
     "A `Trainer` of slots: any `Objective`, gradients independent of how a step is split."
     def __init__(self, model,                         # a PEFT model, see `add_adapter`
@@ -291,7 +320,7 @@ class UnlearnTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-# %% ../nbs/04_trainer.ipynb #cell025
+# %% ../nbs/04_trainer.ipynb #cell027
 def _check_stop(args: UnlearnConfig, objective: Objective):
     "Raise `SafeEraserError` where a stopping rule looks at rows that the objective never reads."
     if args.stop_forget_ce is not None and "forget" not in objective.kinds:
@@ -303,7 +332,7 @@ def _step_of(line: str) -> float:
     try: return json.loads(line)["step"]
     except ValueError: return float("inf")
 
-# %% ../nbs/04_trainer.ipynb #cell027
+# %% ../nbs/04_trainer.ipynb #cell029
 class Guard(TrainerCallback):
     "Ends training before an update that should not be made."
     def __init__(self, trainer: UnlearnTrainer): self.trainer = trainer
@@ -321,7 +350,7 @@ class Guard(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)  # an optimizer passes over weights that have no gradient
             control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell028
+# %% ../nbs/04_trainer.ipynb #cell030
 class ProgressBar(TrainerCallback):
     "One bar a run, with the terms beside it instead of a line for every log."
     bar = None
@@ -341,7 +370,7 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/04_trainer.ipynb #cell030
+# %% ../nbs/04_trainer.ipynb #cell032
 class GracefulStop(TrainerCallback):
     "Turns an interrupt into: finish this step, write a checkpoint, stop."
     def __init__(self): self.asked = False
@@ -363,44 +392,23 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
 
-# %% ../nbs/04_trainer.ipynb #cell035
-COMPLETE = "complete"  # a checkpoint that was written to its end has this file; it says how far the run was
-_RUN_KEYS = ("method", "objective", "model", "data", "settings")
-
-
-class Left(TypedDict, total=False):
-    "Where a checkpoint left the run."
-    __pydantic_config__ = ConfigDict(extra="allow")
-    step: int
-    seconds: float                     # spent until then
-    stopped: dict[str, object] | None  # as in the record
-
-
-def read_left(checkpoint: str | Path | None) -> dict:
-    "Where a checkpoint left the run; empty without a checkpoint."
-    if not checkpoint: return {}
-    file = Path(checkpoint)/COMPLETE
-    return {"step": _number(Path(checkpoint))} | (read_json(file, TypeAdapter(Left)) if file.is_file() and file.stat().st_size else {})
-
-
-def _number(checkpoint: Path) -> int: return int(checkpoint.name.split("-")[1])
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    "The newest checkpoint that is whole; what a killed run left half-written is removed."
-    found = sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()), key=_number)
-    for broken in (p for p in found if not (p/COMPLETE).exists()): shutil.rmtree(broken, ignore_errors=True)
-    whole = [p for p in found if p.exists()]
-    return str(whole[-1]) if whole else None
-
-# %% ../nbs/04_trainer.ipynb #cell036
+# %% ../nbs/04_trainer.ipynb #cell037
 def recommended_settings(data: str | Path, objective: Objective) -> dict:
     "What the data set's `settings.json` recommends for the objective's forget term."
     forget = next((n for n in objective.terms if n in FORGET), None)
-    found = settings_of(data).get("unlearn", {})
+    found = recommendations(data)
     return found.get(forget, found.get("default", {}))
 
-# %% ../nbs/04_trainer.ipynb #cell038
+
+def recommendations(data: str | Path) -> dict[str, dict]:
+    "The data set's recommended settings by forget term, checked; raises `SafeEraserError` naming file and setting."
+    found = settings_of(data).get("unlearn", {})
+    for term, settings in found.items():
+        try: check_settings(settings)
+        except SafeEraserError as e: raise Place(Path(data)/"settings.json").error(f"unlearn.{term}", str(e)) from None
+    return found
+
+# %% ../nbs/04_trainer.ipynb #cell039
 def probe(trainer: UnlearnTrainer) -> dict:
     "Seconds and peak GiB (on a GPU) of one optimizer step on the longest rows; leaves weights and random state as they were."
     data, args, cuda = trainer.train_dataset, trainer.args, torch.cuda.is_available() and not trainer.args.use_cpu
@@ -418,7 +426,7 @@ def probe(trainer: UnlearnTrainer) -> dict:
     seconds = (time.perf_counter() - start) * args.gradient_accumulation_steps
     return {"seconds_per_step": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
 
-# %% ../nbs/04_trainer.ipynb #cell039
+# %% ../nbs/04_trainer.ipynb #cell040
 def plan_text(trainer: UnlearnTrainer) -> str:
     "What a run will do, how long it will take and how much memory it needs, in a line."
     data, args, cost = trainer.train_dataset.sets, trainer.args, probe(trainer)
@@ -430,7 +438,7 @@ def plan_text(trainer: UnlearnTrainer) -> str:
             f"{steps} steps of {batch}, about {minutes:.0f} minutes{memory}" if minutes >= 1 else
             f"{args.method}: {len(data.forget)} forget items; {steps} steps of {batch}, less than a minute or so{memory}")
 
-# %% ../nbs/04_trainer.ipynb #cell042
+# %% ../nbs/04_trainer.ipynb #cell043
 def make_trainable(model: torch.nn.Module, args: UnlearnConfig, objective: Objective) -> torch.nn.Module:
     "The model as `args.tuning` trains it; raises `SafeEraserError` where the objective wants a reference that nothing keeps."
     if args.tuning != "full": return add_adapter(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed, args.projector)
@@ -440,7 +448,7 @@ def make_trainable(model: torch.nn.Module, args: UnlearnConfig, objective: Objec
                               f"set reference_copy=true to keep a frozen copy ({gib:.1f} GiB more), or take tuning='lora'")
     return train_whole(model, args.reference_copy and bool(objective.reference_kinds))
 
-# %% ../nbs/04_trainer.ipynb #cell044
+# %% ../nbs/04_trainer.ipynb #cell045
 def unlearn(model: str | Path,           # the vanilla model: a folder, or a name on the hub
             data: str | Path,            # the folder that holds `all_train.json`
             out: str | Path,             # the run folder to write
@@ -457,7 +465,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     told_settings = {"method": method, "disable_tqdm": not progress} | settings
     _check_stop(make_config(out/"checkpoints", **told_settings), objective)
     record = {"schema_version": 1, "method": method, "objective": objective.weights, "model": str(model), "data": str(data), "settings": settings}
-    before, refusals = _earlier_run(out, record), load_refusals(data)
+    before, refusals = _earlier_run(out, record), load_refusals(data, "refusal" in objective.kinds)
     with cpu_threads(settings.get("threads", UnlearnConfig.threads)):
         net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None, four_bit=settings.get("tuning") == "qlora")
         record |= {"model_fingerprint": model_fingerprint(net), "refusals_digest": _digest(refusals)}
@@ -470,7 +478,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
             if not args.disable_tqdm: print(plan_text(trainer))
             with only_here(out): return _train(trainer, out, record)
 
-# %% ../nbs/04_trainer.ipynb #cell045
+# %% ../nbs/04_trainer.ipynb #cell046
 def _check_precision(net: torch.nn.Module, args: UnlearnConfig):
     "Raise `SafeEraserError` where an adapter in 32 bits would meet a model in 16 without anything that translates."
     if net.dtype == torch.bfloat16 and not args.bf16 and args.tuning != "full":
@@ -481,7 +489,7 @@ def _memory_settings(args: UnlearnConfig) -> str:
     return (f"pack_row_tokens (now {args.pack_row_tokens}) or, where rows are not packed, per_device_train_batch_size "
             f"(now {args.per_device_train_batch_size}; raise gradient_accumulation_steps to match), or set gradient_checkpointing=true")
 
-# %% ../nbs/04_trainer.ipynb #cell046
+# %% ../nbs/04_trainer.ipynb #cell047
 def _train(trainer: UnlearnTrainer, out: Path, record: dict) -> dict:
     from safeeraser.runs import write_card
     first, stop = trainer.is_world_process_zero(), GracefulStop()
@@ -514,7 +522,7 @@ def _check_finite(trainer: UnlearnTrainer, out: Path):
         raise SafeEraserError(f"{out}: after step {trainer.state.global_step} the weights of {name} hold NaN or infinity, so this run is not finished; "
                               f"lower learning_rate (now {trainer.args.learning_rate:g}) and name another --out folder")
 
-# %% ../nbs/04_trainer.ipynb #cell047
+# %% ../nbs/04_trainer.ipynb #cell048
 def save_trained(trained,           # a PEFT model, or one trained whole
                  out: Path,         # folder
                  source: str,       # where the vanilla model came from
@@ -537,7 +545,10 @@ def save_model(model: torch.nn.Module, out: Path, source: str | Path, identity: 
     copy_processor(source, out)
     (out/"safeeraser.json").write_text(json.dumps(identity, indent=1) + "\n")
 
-# %% ../nbs/04_trainer.ipynb #cell048
+# %% ../nbs/04_trainer.ipynb #cell049
+_RUN_KEYS = ("method", "objective", "model", "data", "settings")
+
+
 def _earlier_run(out: Path, record: dict) -> dict | None:
     "The record of the run that is in `out` already; raises `SafeEraserError` where it was another one, or its data has changed since."
     from safeeraser.runs import data_digest
@@ -563,5 +574,5 @@ def _unchanged(before: dict, record: dict, out: Path) -> dict:
 
 def _digest(refusals: list[str]) -> str: return hashlib.blake2b(json.dumps(refusals).encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/04_trainer.ipynb #cell049
+# %% ../nbs/04_trainer.ipynb #cell050
 def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")

@@ -9,7 +9,7 @@ __all__ = ['SILHOUETTES', 'HAZARDS', 'DECOUPLE_FAMILIES', 'HELD_OUT_FAMILIES', '
            'UNLEARN_SETTINGS', 'GENERATE_SETTINGS', 'Look', 'silhouette', 'draw', 'random_look', 'contact_sheet',
            'overlap', 'nearest_hazard', 'vocabulary', 'deal_recipes', 'World', 'make_record', 'make_split',
            'write_dataset', 'BaseConfig', 'build_model', 'render_pool', 'train_tower', 'lesson', 'TextBatcher',
-           'answer_loss', 'train_language', 'cache_dir', 'cached_folder', 'base_model', 'make_world']
+           'answer_loss', 'train_language', 'cache_dir', 'cached_folder', 'base_model', 'Stamp', 'make_world']
 
 # %% ../nbs/01_world.ipynb #cell003
 import hashlib, json, math, os, platform, random, shutil, time
@@ -21,9 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
 
-from .core import cpu_threads, new_folder, progress_bar, SafeEraserError
+from .core import cpu_threads, new_folder, only_here, progress_bar, read_json, SafeEraserError, told, write_whole
 from .data import ChatTemplate, tokens_of, word_processor
+from .model import quiet_bars
 
 # %% ../nbs/01_world.ipynb #cell006
 def _regular(n: int, inner: float | None = None) -> list:
@@ -503,8 +506,8 @@ def cached_folder(name: str,
 # %% ../nbs/01_world.ipynb #cell062
 def _is_whole(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder/"sizes.json").read_text())
-        return all((folder/n).stat().st_size == size for n, size in sizes.items())
+        sizes = read_json(folder/"sizes.json", TypeAdapter(dict[str, int]))
+        return bool(sizes) and all((folder/n).stat().st_size == size for n, size in sizes.items())
     except (OSError, ValueError):
         return False
 
@@ -533,29 +536,50 @@ def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
             model.model.vision_tower.load_state_dict(load_file(tower/"tower.safetensors"))
             looks, pixels = render_pool(cfg, processor)
             train_language(model, processor, World(cfg.seed), looks, pixels, cfg, progress)
-        seconds = time.perf_counter() - start + json.loads((tower/"seconds.json").read_text())
-        model.save_pretrained(folder); processor.save_pretrained(folder)
+        seconds = time.perf_counter() - start + read_json(tower/"seconds.json", TypeAdapter(float))
+        with told(folder, "cannot be written"), quiet_bars():
+            model.save_pretrained(folder); processor.save_pretrained(folder)
         _write_json(folder/"safeeraser.json", {"method": "gold" if cfg.gold else "base", "seed": cfg.seed,
                                                "train_seconds": round(seconds, 1), "config": asdict(cfg)})
     return cached_folder(cfg.key, make)
 
 # %% ../nbs/01_world.ipynb #cell068
+class Stamp(TypedDict, total=False):
+    "What `world.json` says about the world beside it."
+    __pydantic_config__ = ConfigDict(extra="allow")
+    seed: int
+    gold: bool
+    sizes: dict[str, int]
+    version: int
+    finished: bool         # only there while the world is being made
+
+
+def _finished(out: Path, stamp: dict) -> bool | None:
+    "Whether this world is in `out` whole; None where nothing is; raises `SafeEraserError` where something else is."
+    found = read_json(out/"world.json", TypeAdapter(Stamp)) if (out/"world.json").exists() else {}
+    if {k: v for k, v in found.items() if k != "finished"} == stamp: return found.get("finished", True)
+    if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; --out is a folder")
+    if taken := [n for n in ("dataset", "model", "gold") if (out/n).exists()]:
+        raise SafeEraserError(f"{out/taken[0]} exists and is not this world's; name another --out folder")
+    return None
+
+
 def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/model` and with `gold` `out/gold`
                seed: int = 0,             # governs data and models
                gold: bool = False,        # also the model that never saw the hazards' recipes
                sizes: dict | None = None  # records a split; default `SPLIT_SIZES`
                ) -> Path:
-    "Write the world of a seed: an official-format dataset folder and a model that `from_pretrained` loads."
+    "Write the world of a seed: an official-format dataset folder and a model that `from_pretrained` loads; one that was interrupted goes on."
+    if not 0 <= seed < 2**32: raise SafeEraserError(f"seed={seed}: a whole number from 0 to {2**32 - 1} belongs here")
     out, stamp = Path(out), {"seed": seed, "gold": gold, "sizes": sizes or SPLIT_SIZES, "version": BaseConfig.version}
-    if (out/"world.json").exists() and json.loads((out/"world.json").read_text()) == stamp:
-        return out
-    taken = [n for n in ("dataset", "model", "gold") if (out/n).exists()]
-    if taken:
-        raise SafeEraserError(f"{out/taken[0]} exists and is not this world's; name another --out folder")
-    write_dataset(World(seed), out/"dataset", sizes)
-    for name in ("model", "gold")[:1 + gold]:
-        with new_folder(out/name) as tmp:
-            shutil.copytree(base_model(BaseConfig(seed=seed, gold=name == "gold")), tmp, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns("sizes.json"))
-    _write_json(out/"world.json", stamp)
+    if _finished(out, stamp): return out
+    trained = {n: base_model(BaseConfig(seed=seed, gold=n == "gold")) for n in ("model", "gold")[:1 + gold]}  # before anything is written
+    with only_here(out):
+        if _finished(out, stamp) is None: write_whole(out/"world.json", json.dumps(stamp | {"finished": False}))
+        for name in ("dataset", *trained):
+            for abandoned in out.glob(f".{name}-*"): shutil.rmtree(abandoned)  # by a killed process: we hold the lock
+        if not (out/"dataset").exists(): write_dataset(World(seed), out/"dataset", sizes)
+        for name in (n for n in trained if not (out/n).exists()):
+            with new_folder(out/name) as tmp: shutil.copytree(trained[name], tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sizes.json"))
+        write_whole(out/"world.json", json.dumps(stamp, indent=1) + "\n")
     return out

@@ -172,3 +172,35 @@ def test_a_reference_kept_in_part_is_asked_anew(more, tiny):
         found = kept.log_probs(adapted, batch(items), "dense")
         with torch.no_grad(), cache.vanilla(adapted): assert torch.allclose(found, packed_log_probs(adapted, batch(items), "dense"), atol=1e-5)
     assert kept.computed == (2 + 4 + 2 if more else 2 + 4) and bool(kept.why) == more
+
+
+def test_a_pass_that_only_keeps_step_is_kept_apart(tiny):
+    "Its labels are gone: what it says is nothing, and never stands for the segment that it was made of."
+    from safeeraser.model import add_adapter
+    from safeeraser.packing import PackedCollator, Packer, packed_log_probs, use_route
+    from safeeraser.trainer import silent
+    model, processor = load_model(tiny.model, "cpu")
+    adapted, sets = add_adapter(model, 4, 8), load_sets(tiny.data)
+    use_route(adapted, "dense")
+    slots = [[Row("forget", i, i.answer)] for i in sets.forget[:2]] + [[Row("retain", i, i.answer)] for i in sets.retain[:2]]
+    collator = PackedCollator(Packer(Encoder(processor)), ("retain",), even=True)
+    real, empty = collator(slots)["passes"][0]["reference"], collator(slots[:2])["passes"][0]["reference"]
+    with torch.no_grad(), cache.vanilla(adapted): expected = packed_log_probs(adapted, real, "dense")
+    kept = cache.ReferenceCache(adapted, 2**20)
+    for _ in range(2):
+        for batch in (empty, silent(real)): assert kept.log_probs(adapted, batch, "dense").shape == (0, expected.shape[1])
+        assert torch.allclose(kept.log_probs(adapted, real, "dense"), expected, atol=1e-5)
+    assert kept.why is None
+
+
+@pytest.mark.slow
+def test_several_ranks_keep_references(tiny, tmp_path, run_python):
+    script = tmp_path / "ranks.py"
+    script.write_text("import sys\nfrom safeeraser.trainer import unlearn\nout, gib = sys.argv[3], float(sys.argv[4])\n"
+                      f"unlearn(sys.argv[1], sys.argv[2], out, 'kl+pd', logging_steps=1, ddp_backend='gloo', per_device_train_batch_size=2, gradient_accumulation_steps=2,"
+                      f" reference_cache_gib=gib, **{SMALL!r})\n")
+    def run(gib):
+        done = run_python(str(script), tiny.model, tiny.data, tmp_path / str(gib), gib, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return losses(json.loads((tmp_path / str(gib) / "run.json").read_text()))
+    assert run(1) == pytest.approx(run(0), abs=1e-4)

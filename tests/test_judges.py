@@ -114,7 +114,7 @@ def test_a_rerun_pays_nothing_and_another_model_s_verdicts_are_not_used(server, 
     assert judge_with(server_judge(client(server, tmp_path), progress=False), rows())[0] == judged and len(server.seen) == paid
     changed = [r | {"response": "I won't say."} if k == 0 else r for k, r in enumerate(rows())]
     judge_with(server_judge(client(server, tmp_path), progress=False), changed)
-    assert paid < len(server.seen) <= paid + 3  # one response's questions
+    assert paid < len(server.seen) <= paid + 3 + len(KNOWN)  # one response's questions, and whether it is still the same judge
     server.model = "judge-2"
     paid = len(server.seen)
     judge_with(server_judge(client(server, tmp_path), progress=False), rows())

@@ -8,21 +8,49 @@ import pytest
 from safeeraser.core import SafeEraserError
 from safeeraser.generate import write_rows
 from safeeraser.judge import exact_judge, find_gibberish, judge, opens_with_refusal, rule_judge
-from safeeraser.metrics import MEASURES, bootstrap, make_results, pd_effect, rate, report, result_row
+from safeeraser.metrics import MEASURES, interval, make_results, pd_effect, rate, report, result_row
 from safeeraser.plot import answers_html, pd_table, results_table, sarr_figure, tradeoff_figure
 from safeeraser.world import FAMILIES, INSTRUCTIONS, MANNERS, MATERIALS, RECIPES, REFUSALS, VESSELS, World
 
 
-def test_bootstrap_is_the_naive_one():
-    rng = random.Random(0)
-    groups = [str(rng.randrange(12)) for _ in range(60)]
-    values = np.array([float(rng.random() < .4) for _ in groups])
-    means = []
-    for _ in range(4000):
-        drawn = rng.choices(sorted(set(groups)), k=len(set(groups)))
-        picked = [v for g in drawn for v, h in zip(values, groups) if h == g]
+def drawn_anew(values, groups):
+    "The bootstrap over images, written naively."
+    rng, means = random.Random(0), []
+    for _ in range(2000):
+        picked = [v for g in rng.choices(sorted(set(groups)), k=len(set(groups))) for v in values[groups == g]]
         means.append(sum(picked) / len(picked))
-    assert bootstrap(values, groups) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=.03)
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def test_with_many_images_the_interval_is_what_drawing_them_anew_gives():
+    rng = np.random.default_rng(0)
+    groups = np.array([str(i // 3) for i in range(360)])
+    easy = np.repeat(rng.random(120), 3)
+    values = (rng.random(360) < easy).astype(float)
+    assert interval(values, list(groups)) == pytest.approx(drawn_anew(values, groups), abs=.02)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 10, 100, 1000])
+def test_nothing_and_everything_leave_room(n):
+    none, every = rate([False] * n, [str(i) for i in range(n)]), rate([True] * n, [str(i) for i in range(n)])
+    assert (none.lo, every.hi) == (0, 1) and none.hi == pytest.approx(1 - every.lo)
+    exact = 1 - .025 ** (1 / n)  # Clopper and Pearson's upper end for 0 of n
+    assert .8 * exact < none.hi < 1.4 * exact
+    in_one_image = rate([True] * n, ["a"] * n)
+    assert in_one_image.lo < .3  # one image says little, however often it was asked about
+
+
+@pytest.mark.parametrize("images", [4, 10, 40])
+@pytest.mark.parametrize("p", [.02, .2, .5, .97])
+@pytest.mark.parametrize("alike", [False, True])
+def test_intervals_cover_the_truth_with_few_images_too(images, p, alike):
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(200):
+        right = np.repeat(rng.random((images, 1)) < p, 4, 1) if alike else rng.random((images, 4)) < p
+        r = rate(list(right.ravel()), [str(i // 4) for i in range(4 * images)])
+        assert r.lo <= r.value <= r.hi
+        covered += r.lo <= p <= r.hi
+    assert covered >= 175
 
 
 def test_intervals_cover_the_truth():

@@ -579,3 +579,92 @@ def test_the_path_of_a_new_user(tiny, tmp_path, monkeypatch):
         if command[0] == "data": assert all(said in done.out for said in ("JSON lines", "Hatespeech", "sub-folders", "is usable"))
     assert "PO+PD" in done.out and (tmp_path / "runs" / "po+pd" / "report.html").exists()
     assert len((tmp_path / "runs" / "po+pd" / "judged.jsonl").read_text().splitlines()) == 4 * 60 + 3 * 4 * 6
+
+
+# What training would refuse, the check refuses
+
+def test_without_refusals_the_methods_that_need_none_run(folder, tiny, tmp_path):
+    from safeeraser.trainer import unlearn
+    (folder / "prompt.json").unlink()
+    (folder / "settings.json").unlink()
+    out = run("data", "check", folder, "--model", tiny.model)
+    assert out.code == 0 and "is usable, for methods without refusals (there is no prompt.json)" in out.out
+    assert unlearn(tiny.model, folder, tmp_path / "gd", "gd+pd", seed=0, progress=False, max_steps=1, per_device_train_batch_size=2)["steps"] == 1
+    with pytest.raises(SafeEraserError, match="prompt.json: no such file; it holds the refusals that this method teaches"): unlearn(tiny.model, folder, tmp_path / "po", "po+pd", progress=False)
+    assert not (tmp_path / "po").exists()
+
+
+@pytest.mark.parametrize("token", ["<image>", "</s>", "<s>"])
+def test_a_token_in_a_refusal_is_found_by_the_check(token, folder, tiny):
+    (folder / "prompt.json").write_text(json.dumps({"idk": ["sorry no .", f"sorry {token} no ."]}))
+    out = run("data", "check", folder, "--model", tiny.model)
+    assert out.code == 2 and len(out.said) == 1 and "prompt.json, idk[1]: " in out.said[0] and token in out.said[0]
+
+
+def family(name, folder):
+    "A family's folder as a hub has it, without weights."
+    from test_processors import saved
+    return saved(name, folder)
+
+
+@pytest.mark.parametrize("size", [(2000, 8), (8, 3000)])
+def test_an_image_that_the_model_s_processor_cannot_take_is_named(size, folder, tmp_path):
+    family("qwen2_vl", tmp_path / "model")
+    Image.new("RGB", size, "red").save(image_of(folder, 2))
+    out = run("data", "check", folder, "--model", tmp_path / "model")
+    name = records_of(folder)[2]["image_path"]
+    assert out.code == 2 and len(out.said) == 1 and "record 2, " in out.said[0] and name in out.said[0] and f"{size[0]} x {size[1]}" in out.said[0]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "smolvlm", "llava_onevision"])
+def test_processors_that_would_want_videos_are_checked_without(name, folder, tmp_path):
+    family(name, tmp_path / "model")
+    assert run("data", "check", folder, "--model", tmp_path / "model").code == 0
+
+
+@pytest.mark.parametrize("token", ["<boi>", "<image>", "</s>", "<video>"])
+def test_signals_of_any_kind_in_a_text_are_named(token, folder, tmp_path):
+    family("gemma3", tmp_path / "model")
+    edit(folder, lambda r: r[1]["unsafe_pairs"][0].update(question=f"what {token} is it ?"))
+    edit(folder, lambda r: r[2]["UnharmPair_text1"].update(Prediction=f"it {token} is"))
+    out = run("data", "check", folder, "--model", tmp_path / "model")
+    for where in ("record 1, unsafe_pairs[0].model_response", "record 1, unsafe_pairs[0].sd_response", "record 2, UnharmPair_text1"): assert where in out.out
+    assert out.code == 2 and "rows that the model cannot take: 3" in out.out and token in out.said[0]
+
+
+# Tables and names that are none
+
+@pytest.mark.parametrize("split", ["", "a/b", "../x", ".", "..", ".x", "a\0b", "a b", "-x"])
+def test_splits_that_are_no_names(split, pictures, tiny):
+    before = sorted(pictures.rglob("*"))
+    rows = [Asked(pictures / "1.png", "q", "a")]
+    for call in (lambda: convert(rows, pictures / "dataset", split), lambda: make_answers(tiny.model, rows, pictures / "dataset", split)):
+        with pytest.raises(SafeEraserError, match="--split"): call()
+    assert sorted(pictures.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("t.csv", "image,question,answer\n1.png,a,b,c\n", "record 0: 1 more cells"), ("t.json", '[{"image": "\\u0000", "question": "q", "answer": "a"}]', "record 0, image: "),
+    ("t.json", '[{"image": "\\ud800", "question": "q", "answer": "a"}]', "image: half of a surrogate pair"), ("t.jsonl", '{"image": "1.png", "question": "\\udfff", "answer": "a"}\n{}', "line 1, question: half"),
+    ("t.json", "[" * 10**5, "not JSON"), ("t.json", '[{"image": "1.png", "metadata": "' + "[" * 10**4 + '"}]', "metadata"), ("t.json", '[{"image": [1], "question": "q", "answer": "a"}]', "record 0, image"),
+    ("t.json", '[{"image": {"bytes": 5}, "question": "q", "answer": "a"}]', "record 0, image"), ("t.json", '[{"image": "1.png", "question": ["q"], "answer": "a"}]', "record 0, question"),
+    ("t.json", '[{"image": "1.png", "question": "q", "answer": "a", "kind": ["unsafe"]}]', "record 0, kind"), ("t.json", '[{"image": "1.png", "question": "q", "answer": "a", "category": 5}]', "record 0, category"),
+    ("t.csv", "image,question,answer\n1.png,\x00,b\n", ""), ("t.parquet", "PAR1", "cannot be read")])
+def test_tables_of_another_form(name, content, said, pictures):
+    (pictures / name).write_text(content)
+    out = run("data", "convert", pictures / name, "--out", pictures / "dataset")
+    if said: assert out.code == 2 and len(out.said) == 1 and name in out.said[0] and said in out.said[0] and not (pictures / "dataset").exists()
+
+
+def test_lines_of_tables_end_at_newlines_only(pictures):
+    (pictures / "t.jsonl").write_text("\ufeff" + json.dumps({"image": "1.png", "question": "a\u2028b", "answer": "c\x85d"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [(r.question, r.answer) for r in read_table(pictures / "t.jsonl")] == [("a\u2028b", "c\x85d")]
+
+
+@pytest.mark.parametrize("settings, said", [({"learning_rat": 1}, "learning_rat"), ({"lora_r": "x"}, "lora_r"), ({"threads": 0}, "threads")])
+def test_recommended_settings_that_training_would_refuse(settings, said, folder, tiny, tmp_path):
+    from safeeraser.trainer import unlearn
+    (folder / "settings.json").write_text(json.dumps({"unlearn": {"default": settings}}))
+    out = run("data", "check", folder)
+    assert out.code == 2 and "settings.json, unlearn.default: " in out.said[0] and said in out.said[0]
+    with pytest.raises(SafeEraserError, match=f"settings.json, unlearn.default: .*{said}"): unlearn(tiny.model, folder, tmp_path / "run", "ga", progress=False)

@@ -78,7 +78,7 @@ def test_a_folder_that_lacks_a_part_is_refused_in_a_sentence(missing, tmp_path):
     saved("qwen2_vl", tmp_path)
     FAMILIES["qwen2_vl"].make_model().save_pretrained(tmp_path)
     (tmp_path / missing).unlink()
-    with pytest.raises(SafeEraserError, match="cannot be loaded as a vision-language model with its processor") as e: load_model(tmp_path, "cpu")
+    with pytest.raises(SafeEraserError, match="no processor of a vision-language model there") as e: load_model(tmp_path, "cpu")
     assert "\n" not in str(e.value)
 
 
@@ -92,3 +92,65 @@ def test_the_table_in_the_readme_is_the_one_that_was_measured():
     assert [r[0] for r in rows[2:]] == list(families) == list(FAMILIES)
     for row in rows[2:]:
         assert dict(zip(rows[0][1:], row[1:])) == {k: {True: "yes", False: "no"}.get(v, v) for k, v in families[row[0]].items()}
+
+
+def rewrite(file, change):
+    "A JSON file with something changed."
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("llava", lambda c: c.pop("num_additional_image_tokens"), r"writes 15 tokens .* 16 features; set num_additional_image_tokens to 1 in processor_config.json \(it is 0\)"),
+    ("llava", lambda c: c.update(patch_size=7), "set patch_size to 14"), ("llava", lambda c: c.update(vision_feature_select_strategy="full"), "set vision_feature_select_strategy to 'default'"),
+    ("llava", lambda c: c.pop("patch_size"), "does not say patch_size; it belongs there, 14 by the model's config.json"), ("llava_next", lambda c: c.pop("num_additional_image_tokens"), "set num_additional_image_tokens to 1"),
+    ("llava_onevision", lambda c: c.update(num_image_tokens=9), "tokens for a picture of which"), ("internvl", lambda c: c.update(image_seq_length=9), "tokens for a picture of which"),
+    ("gemma3", lambda c: c.update(image_seq_length=5), "5 tokens for a picture of which the model makes 4 features; .* image_seq_length 5")])
+def test_a_setting_by_which_tokens_and_features_differ_is_named(name, change, said, tmp_path):
+    saved(name, tmp_path)
+    load_processor(tmp_path)
+    rewrite(tmp_path / "processor_config.json", change)
+    with pytest.raises(SafeEraserError, match=said) as e: load_processor(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_the_model_s_verbs_say_so_too(tiny, tmp_path):
+    import shutil
+    shutil.copytree(tiny.model, tmp_path / "model")
+    rewrite(tmp_path / "model" / "processor_config.json", lambda c: c.pop("num_additional_image_tokens"))
+    from safeeraser.official import encoder_for
+    for call in (lambda: load_model(tmp_path / "model", "cpu"), lambda: encoder_for(tmp_path / "model")):
+        with pytest.raises(SafeEraserError, match="set num_additional_image_tokens to 1"): call()
+
+
+@pytest.mark.parametrize("layout", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_wherever_a_folder_keeps_its_chat_template(layout, tmp_path):
+    made = saved("llava", tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SafeEraserError, match="chat template"): Encoder(load_processor(tmp_path))
+    if layout == "tokenizer_config.json": rewrite(tmp_path / layout, lambda c: c.update(chat_template=made.chat_template))
+    else: (tmp_path / layout).write_text(made.chat_template if layout.endswith("jinja") else json.dumps({"chat_template": made.chat_template}))
+    assert Encoder(load_processor(tmp_path)).prompt("what is this") == Encoder(made).prompt("what is this")
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_a_model_s_own_code_is_never_run(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever answers yes
+    saved("llava", tmp_path)
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    own = {"AutoConfig": "theirs.X", "AutoProcessor": "theirs.X", "AutoImageProcessor": "theirs.X", "AutoTokenizer": ["theirs.X", "theirs.X"]}
+    def change(c):
+        c.update(auto_map=own)
+        for kind in ("model_type", "processor_class", "image_processor_type", "tokenizer_class"):
+            if kind in c: c[kind] = "theirs"
+    rewrite(tmp_path / file, change)
+    try: load_processor(tmp_path)
+    except SafeEraserError as e: assert "\n" not in str(e)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_in_which_nothing_reads_pictures(tmp_path):
+    saved("llava", tmp_path)
+    for name in ("processor_config.json", "preprocessor_config.json"): (tmp_path / name).unlink()
+    with pytest.raises(SafeEraserError, match="no processor"): load_processor(tmp_path)

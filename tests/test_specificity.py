@@ -78,7 +78,7 @@ def test_report_shows_specificity(tmp_path):
     assert rows == {"po": .9, "po+pd": .7, "ga": None}  # POPE alone: the one that both have
     assert report(tmp_path / "po")["rows"][0]["specificity"] == pytest.approx(.7)
     (tmp_path / "po" / "specificity.json").write_text(json.dumps({"schema_version": 0, "tasks": {}}))
-    with pytest.raises(SafeEraserError, match="schema version 1"): report(tmp_path)
+    with pytest.raises(SafeEraserError, match="specificity.json, "): report(tmp_path)
 
 
 @pytest.mark.slow
@@ -103,3 +103,39 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """)
     found = specificity(tiny.model, tmp_path / "run", os.environ["SAFEERASER_LMMS"], ["world_names"], include=tasks, device="cpu")["tasks"]["world_names"]
     assert (found["n"], found["of"]) == (len(pairs), len(pairs)) and 0 <= found["score"] <= 1
+
+
+GOOD = {"results": {"gqa": {"exact_match,none": .5}}, "n-samples": {"gqa": {"original": 4, "effective": 4}}, "higher_is_better": {"gqa": {"exact_match": True}}}
+
+
+@pytest.mark.parametrize("results, said", [
+    ("{", "not JSON"), ("[]", "an object belongs here"), ({}, "results: missing"), (GOOD | {"n-samples": 5}, "n-samples: an object"), (GOOD | {"n-samples": {"gqa": 5}}, "n-samples.gqa: an object"),
+    (GOOD | {"n-samples": {"gqa": {"original": 4}}}, "n-samples.gqa.effective: missing"), (GOOD | {"n-samples": {"gqa": {"original": 4, "effective": 0}}}, "effective: input should be greater"),
+    (GOOD | {"results": {"gqa": 5}}, "results.gqa: an object"), (GOOD | {"results": {"pope": {}}}, "exact_match is None"), (GOOD | {"results": {"gqa": {"exact_match,none": float("nan")}}}, "exact_match is nan"),
+    (GOOD | {"results": {"gqa": {"exact_match,none": True}}}, "exact_match is True"), (GOOD | {"n-samples": {"../a": {"original": 4, "effective": 4}}}, "samples are not beside it"),
+    (GOOD | {"higher_is_better": 5}, "higher_is_better: an object")])
+def test_results_of_another_form(results, said, tmp_path):
+    from safeeraser.specificity import read_lmms
+    (tmp_path / "1_results.json").write_text(results if isinstance(results, str) else json.dumps(results))
+    (tmp_path / "1_samples_gqa.jsonl").write_text('{"filtered_resps": "a\u2028b"}\n')
+    with pytest.raises(SafeEraserError, match=f"1_results.json.*{said}"): read_lmms(tmp_path / "1_results.json")
+    (tmp_path / "1_results.json").write_text(json.dumps(GOOD))
+    assert read_lmms(tmp_path / "1_results.json") == {"gqa": {"score": .5, "n": 4, "of": 4}}
+
+
+@pytest.mark.parametrize("line, said", [('{"a": 1', "line 2: not JSON"), ("3", "line 2: an object"), ('{"token_counts": 5}', "line 2, token_counts: a list")])
+def test_samples_of_another_form(line, said, tmp_path):
+    from safeeraser.specificity import read_lmms
+    (tmp_path / "1_results.json").write_text(json.dumps(GOOD))
+    (tmp_path / "1_samples_gqa.jsonl").write_text("{}\n" + line)
+    with pytest.raises(SafeEraserError, match=said): read_lmms(tmp_path / "1_results.json")
+
+
+TASK = {"score": .5, "n": 4, "of": 4}
+
+
+@pytest.mark.parametrize("change", [{"tasks": 5}, {"tasks": {"gqa": 5}}, {"tasks": {"gqa": {}}}, {"tasks": {"gqa": TASK | {"score": 7}}}, {"tasks": {"gqa": TASK | {"score": float("nan")}}},
+                                    {"tasks": {"gqa": TASK | {"n": 0}}}, {"tasks": {"gqa": TASK | {"n": "4"}}}, {"tasks": {}}, {"schema_version": 2}, {"schema_version": "1"}])
+def test_scores_of_another_form(change, tmp_path):
+    (tmp_path / "specificity.json").write_text(json.dumps({"schema_version": 1, "tasks": {"gqa": TASK}} | change))
+    with pytest.raises(SafeEraserError, match="specificity.json, "): read_specificity(tmp_path)

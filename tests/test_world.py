@@ -149,3 +149,37 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(SafeEraserError, match=r"dataset: cannot be written \(No space left on device\)"):
         write_dataset(World(0), tmp_path / "w" / "dataset", {"train": 2})
     assert not list((tmp_path / "w").iterdir())
+
+
+@pytest.mark.parametrize("when", ["base model", "dataset", "copy"])
+def test_an_interrupted_world_goes_on(when, tmp_path, cache, monkeypatch):
+    "The same command again gives the bytes of a world that was never interrupted; what was begun is not another's."
+    import safeeraser.world as w
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    sizes = {"train": 2, "val": 2}
+    class Stop(BaseException): pass
+    def stop(*a, **k): raise Stop
+    monkeypatch.setattr(w, "base_model", lambda cfg: folder)
+    make_world(tmp_path / "whole", 3, sizes=sizes)
+    with monkeypatch.context() as m:
+        m.setattr(w, {"base model": "base_model", "dataset": "write_dataset", "copy": "shutil"}[when], stop if when != "copy" else type("S", (), {"copytree": stop, "rmtree": w.shutil.rmtree, "ignore_patterns": stop}))
+        with pytest.raises(Stop): make_world(tmp_path / "w", 3, sizes=sizes)
+    if when == "base model": assert not (tmp_path / "w").exists()
+    make_world(tmp_path / "w", 3, sizes=sizes)
+    content = lambda root: {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert content(tmp_path / "w") == content(tmp_path / "whole")
+    with pytest.raises(SafeEraserError, match="is not this world's"): make_world(tmp_path / "w", 4, sizes=sizes)
+
+
+@pytest.mark.parametrize("text, said", [("{", "not JSON"), ("[]", "an object belongs here"), ('{"seed": "x"}', "seed: a whole number")])
+def test_a_world_s_stamp_that_is_none(text, said, tmp_path):
+    (tmp_path / "world.json").write_text(text)
+    with pytest.raises(SafeEraserError, match=said): make_world(tmp_path, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**23])
+def test_seeds_out_of_range(seed, tmp_path):
+    with pytest.raises(SafeEraserError, match=f"seed={seed}: a whole number from 0"): make_world(tmp_path / "w", seed)
+    assert not (tmp_path / "w").exists()
