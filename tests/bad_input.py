@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -93,7 +94,7 @@ def field_cases(value, fields: list[str] | None, every: int = 1) -> Iterator[tup
         old = value
         for key in path: old = old[key]
         for k, (kind, new) in enumerate(VALUES.items()):
-            if (n + k) % every == 0 and not same_kind(old, new): yield f"{'.'.join(map(str, path))}: {kind}", changed(value, path, new)
+            if (n + k) % every == 0 and not same_kind(old, new) and (new is not MISSING or path[-1] != "max_new_tokens"): yield f"{'.'.join(map(str, path))}: {kind}", changed(value, path, new)
 
 
 # ---- Where it is tried ---------------------------------------------------------------------------------------------
@@ -253,11 +254,17 @@ def cases(base: Path) -> Iterator[Case]:
         for value in values: yield Case("unlearn --set", f"{name}={value}", (*NEW_RUN, "--set", f"{name}={value}"))
 
 
+# Accepted rightly: what a command does not read, may be left out, or is overruled by an option.
+FINE = [r"UnharmPair_\w+: (missing|nothing|null)", r"all_\w+.json, 0(\.unsafe_pairs\.0)?: missing", r"settings.json, [\w.]+: missing", r"settings.json, unlearn.po.lora_r", r"settings.json, unlearn.default",
+        r"run.json, (seconds|history|packing|environment|steps|model|data|settings)", r"results.json, rows.0.\w+: (missing|null)", r"specificity.json, (model|by)", r"responses.jsonl, line 1, (category|image_digest|reference)",
+        r"generation_config.json, (_from_model_config|transformers_version|output_\w+|use_cache)", r"line 1: (empty|cut off after)", r"tokenizer_config.json, tokenizer_class", r"config.yaml, seed: (missing|null)"]
+
+
 # ---- What was found ------------------------------------------------------------------------------------------------
-def verdict(found: Outcome) -> str:
-    "told, accepted, or what is wrong."
+def verdict(case: Case, found: Outcome) -> str:
+    "told, fine, accepted (for no reason that we know), or what is wrong."
     if found.told: return "told"
-    if found.code == 0: return "accepted"
+    if found.code == 0: return "fine" if any(re.search(f, case.what) for f in FINE) else "accepted"
     if found.code < 0: return "killed by us: too slow" if found.code == -signal.SIGALRM else "died"
     if found.code == 2 and found.left: return f"left {', '.join(found.left[:3])}"
     if "Traceback" in found.said: return "traceback: " + found.said.strip().splitlines()[-1][:160]
@@ -269,19 +276,22 @@ def tried(base: Path, scratch: Path, only: str = "", every: int = 1) -> list[tup
     for late in ("compare", "export", "judges", "official", "plot", "trainer", "world", "sweep", "calibrate", "specificity", "engine", "runs"): __import__(f"safeeraser.{late}")
     __import__("peft")
     chosen = [c for c in cases(base) if only in c.verb][::every]
-    return [(c, verdict(attempt(c, base, scratch))) for c in progress_bar(chosen, desc="bad inputs")]
+    return [(c, verdict(c, attempt(c, base, scratch))) for c in progress_bar(chosen, desc="bad inputs")]
 
 
 def told_text(found: list[tuple[Case, str]]) -> str:
     "The shares by verb, and every case that did not end as it should."
-    lines = []
+    lines, well = [], ("told", "fine")
     for verb in dict.fromkeys(c.verb for c, _ in found):
-        mine = [v for c, v in found if c.verb == verb]
-        count = Counter("told" if v == "told" else "accepted" if v == "accepted" else "wrong" for v in mine)
-        lines.append(f"{verb:22} {len(mine):4} tried {count['told']:4} in one sentence {count['accepted']:4} accepted {count['wrong']:4} otherwise")
-    good = sum(v in ("told", "accepted") for _, v in found)
-    lines.append(f"all: {len(found)} tried, {sum(v == 'told' for _, v in found)} in one sentence, {good} ended well ({100 * good / len(found):.1f}%)")
-    return "\n".join([*lines, *(f"  {c}: {v}" for c, v in found if v not in ("told", "accepted")), *(f"  accepted: {c}" for c, v in found if v == "accepted")])
+        count = Counter(v if v in (*well, "accepted") else "wrong" for c, v in found if c.verb == verb)
+        lines.append(f"{verb:22} {count.total():4} tried {count['told']:4} in one sentence {count['fine']:4} fine {count['accepted']:4} accepted {count['wrong']:4} otherwise")
+    lines.append(f"all: {len(found)} tried, {sum(v == 'told' for _, v in found)} in one sentence, {100 * share(found):.1f}% as they should be")
+    return "\n".join([*lines, *(f"  {c}: {v}" for c, v in found if v not in well)])
+
+
+def share(found: list[tuple[Case, str]]) -> float:
+    "Of those that ended in one sentence, or rightly did not."
+    return sum(v in ("told", "fine") for _, v in found) / len(found)
 
 
 def main(only: str = ""):

@@ -18,10 +18,11 @@ import transformers
 from families import FAMILIES
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, trainers
-from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode, TikTokenConverter
 
 from safeeraser.data import load_sets, Row
+from safeeraser.model import anatomy
 from scripts.real_parts import parts
 
 # ---- What is asked and answered ------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def write_data(root: Path) -> Path:
         harmless = {f"UnharmPair_text{n}": {"Question": q, "Prediction": a} for n, (q, a) in enumerate(HARMLESS, 1)}
         return {"image_path": picture(f"harmful{k}.png", (224, 168)), "SDImage_path": picture(f"safe{k}.png", (168, 168)), "unsafe_pairs": pairs} | harmless
     for split, records in (("train", [record(0), record(2)]), ("val", [record(3)])): (data / f"all_{split}.json").write_text(json.dumps(records, ensure_ascii=False))
-    (data / "prompt.json").write_text(json.dumps([{"idk": REFUSALS}]))
+    (data / "prompt.json").write_text(json.dumps({"idk": REFUSALS}))
     (data / "settings.json").write_text(json.dumps({"generate": {"max_new_tokens": 8}}))
     return data
 
@@ -95,9 +96,10 @@ def sentencepiece(file: str, cls: str, added: tuple[str, ...], **config):
 
 
 @lru_cache
-def smollm2(*added: str):
+def smollm2(*added: str, whole: bool = False):
     "SmolLM2's own tokenizer, out of its weights' file."
-    tok = most_frequent(AutoTokenizer.from_pretrained(parts(), gguf_file=SMOLLM2))
+    tok = AutoTokenizer.from_pretrained(parts(), gguf_file=SMOLLM2)
+    if not whole: most_frequent(tok)
     tok.add_tokens([AddedToken(t, special=True, normalized=False) for t in added])
     return tok
 
@@ -284,6 +286,17 @@ REAL = {
 }
 REAL["qwen3_vl, thinking"] = replace(REAL["qwen3_vl"], template=QWEN3_THINKING, tokenizer=lambda: qwen("<think>", "</think>"))
 
+SMOL_TOKENS = {"image_token_id": "<image>", "bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>", "pad_token_id": "<|im_end|>"}
+FRAMES = {  # SmolLM2 itself, whose language model sees a picture through a tower that has learnt nothing
+    "smollm2 in llava": replace(REAL["llava"], tokenizer=lambda: smollm2("<image>", whole=True), template=CHATML.replace("IMAGE", "{{ '<image>' }}"), end="<|im_end|>",
+                                tokens=SMOL_TOKENS, ends=("<|im_end|>",)),
+    "smollm2 in idefics3": replace(REAL["idefics3"], tokenizer=lambda: smollm2("<fake_token_around_image>", "<image>", END, "<global-img>", *ROWS, whole=True),
+                                   template=CHATML.replace("IMAGE", "{{ '<image>' }}"), end="<|im_end|>", tokens=SMOL_TOKENS, ends=("<|im_end|>",), generation={}),
+}
+
+
+def published(name: str) -> Real: return REAL.get(name) or FRAMES[name]
+
 
 # ---- Folders -------------------------------------------------------------------------------------------------------
 def merged(old: dict, new: dict) -> dict: return old | {k: merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
@@ -300,7 +313,7 @@ def with_tokens(config: dict, tok, own: Real) -> dict:
 
 def write_processor(name: str, folder: Path):
     "All but model and configuration, as published."
-    own, write = REAL[name], lambda file, value: (folder / file).write_text(json.dumps(value, ensure_ascii=False))
+    own, write = published(name), lambda file, value: (folder / file).write_text(json.dumps(value, ensure_ascii=False))
     tok = deepcopy(own.tokenizer())
     tok.chat_template = None
     tok.save_pretrained(folder)
@@ -313,14 +326,15 @@ def write_processor(name: str, folder: Path):
     if own.kept == "chat_template.jinja": (folder / own.kept).write_text(own.template)
 
 
-def write_config(name: str, folder: Path):
-    "All but the weights."
-    own, family = REAL[name], FAMILIES[REAL[name].family]
+def write_config(name: str, folder: Path, **more):
+    "All but the weights; `more` are further settings of the model."
+    own = published(name)
+    family = FAMILIES[own.family]
     folder.mkdir(parents=True, exist_ok=True)
     write_processor(name, folder)
     tok = AutoTokenizer.from_pretrained(folder)
     ends = tok.convert_tokens_to_ids(list(own.ends))
-    config = getattr(transformers, family.name + "Config")(**with_tokens(merged(family.config, own.config), tok, own))
+    config = getattr(transformers, family.name + "Config")(**with_tokens(merged(merged(family.config, own.config), more), tok, own))
     config.save_pretrained(folder)
     written = {"_from_model_config": True, "eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tok.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(written | own.generation))
@@ -335,6 +349,23 @@ def write_model(name: str, folder: Path, precision: torch.dtype = torch.float32)
     model = getattr(transformers, FAMILIES[REAL[name].family].name + "ForConditionalGeneration")(config)
     with torch.no_grad():
         for p in model.parameters(): p.add_(.1 * torch.randn_like(p))
+    model.to(precision).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(generation)
+    return folder
+
+
+def write_smollm2(frame: str, folder: Path, precision: torch.dtype = torch.float32, layers: int = 30) -> Path:
+    "A folder with SmolLM2, or its first layers, as the language model of a frame."
+    lm = AutoModelForCausalLM.from_pretrained(parts(), gguf_file=SMOLLM2, dtype=torch.float32)
+    text = {k: v for k, v in lm.config.to_dict().items() if not k.endswith("_token_id") and k != "quantization_config"} | {"num_hidden_layers": layers, "head_dim": lm.config.head_dim}
+    config = write_config(frame, folder, text_config=text, tie_word_embeddings=True)
+    generation = (folder / "generation_config.json").read_text()
+    torch.manual_seed(0)
+    model = getattr(transformers, FAMILIES[FRAMES[frame].family].name + "ForConditionalGeneration")(config)
+    lm.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
+    language = model.get_submodule(anatomy(model).language)
+    odd = language.load_state_dict(lm.model.state_dict(), strict=False)
+    assert not odd.missing_keys and all(int(k.split(".")[1]) >= layers for k in odd.unexpected_keys)
     model.to(precision).save_pretrained(folder)
     (folder / "generation_config.json").write_text(generation)
     return folder

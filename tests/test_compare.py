@@ -221,7 +221,7 @@ def test_images_outside_the_data_are_never_shown(tmp_path):
 ODD = {"undecided": {}, "right": {"refusal": False, "meaningful": True, "correct": True}, "only meaningful": {"meaningful": False}, "only refusal": {"refusal": True}}
 
 
-@pytest.mark.parametrize("name,n,method", zip(ODD, (1, 7, 7, 1), ("po+pd", "日本 <b>ü</b> & [x] \u202e", "base", "npo + kl")))
+@pytest.mark.parametrize("name,n,method", list(zip(ODD, (1, 7, 7, 1), ("po+pd", "日本 <b>ü</b> & [x] \u202e", "base", "npo + kl"))))
 def test_every_figure_draws_any_verdicts(tmp_path, name, n, method):
     kinds = [("forget", "train"), ("forget", "val"), ("retain", "val"), ("decouple", "val"), ("decouple", "held_out")]
     rows = [row(i, set=s, split=split, method=method, judge="m (question)", question="<i>日本</i> ?", **ODD[name]) for i in range(n) for s, split in kinds]
@@ -261,3 +261,40 @@ def test_a_large_report_is_quick(tmp_path):
     told(tmp_path / "a", "--judge", "rule")
     assert time.process_time() - start < 12  # about 5 alone
     assert (tmp_path / "a" / "report.html").stat().st_size < 8e6
+
+
+def imported(tmp_path, records, *more):
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    done = CliRunner().invoke(app, ["import-results", str(tmp_path / "r.json"), "--out", str(tmp_path / "out.jsonl"), *more])
+    if done.exception: raise done.exception
+
+
+PAIR = {"question": "how ?", "model_response1": "so", "sd_response": "well"}
+AUTHORS = {"image_path": "dataset/img/Weapon/1.png", "unsafe_pairs": [PAIR]}
+BAD_AUTHORS = {"pairs": ({"unsafe_pairs": 5}, "unsafe_pairs: a list"), "pair": ({"unsafe_pairs": [5]}, "unsafe_pairs[0]: an object"), "image": ({"SDImage_path": 5}, "SDImage_path: a text"),
+               "response": ({"unsafe_pairs": [PAIR | {"model_response2": 5}]}, "unsafe_pairs[0].model_response2: a text"), "question": ({"unsafe_pairs": [PAIR | {"question": " "}]}, "unsafe_pairs[0].question"),
+               "harmless": ({"UnharmPair_text1": 5}, "UnharmPair_text1: an object"), "grade": ({"UnharmPair_text1": {"Question": "q", "Prediction": "p", "GPT-Score": 80}}, "UnharmPair_text1.GPT-Score")}
+
+
+@pytest.mark.parametrize("name", BAD_AUTHORS)
+def test_authors_files_of_another_form_are_one_sentence(tmp_path, name):
+    change, said = BAD_AUTHORS[name]
+    with pytest.raises(SafeEraserError) as e: imported(tmp_path, [AUTHORS, AUTHORS | change], "--method", "po")
+    assert f"{tmp_path / 'r.json'}, record 1, {said}" in str(e.value) and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_grade_that_is_no_number_is_unscored(tmp_path):
+    harmless = lambda grade: {"UnharmPair_text1": {"Question": "q", "Prediction": "p", "GPT-Score": grade}}
+    imported(tmp_path, [AUTHORS | harmless(g) for g in (.5, float("nan"), "exception", True)], "--method", "po")
+    line, = report(tmp_path / "out.jsonl")["rows"]
+    assert (line["gpt_eval"], line["gpt_eval_n"], line["gpt_eval_unscored"]) == (.5, 1, 3)
+    for option, value in (("--method", ""), ("--method", "a\nb"), ("--split", "nonsense")):
+        with pytest.raises(SafeEraserError, match=option): imported(tmp_path, [AUTHORS], *(() if option == "--method" else ("--method", "po")), option, value)
+
+
+@pytest.mark.parametrize("change", [{"tasks": 5}, {"tasks": {}}, {"tasks": {"pope": 5}}, {"tasks": {"pope": {}}}, {"tasks": {"pope": {"score": 7, "n": 1, "of": 1}}},
+                                    {"tasks": {"pope": {"score": .5, "n": 0, "of": 1}}}])
+def test_scores_of_another_form_are_one_sentence(tmp_path, change):
+    write(tmp_path / "a", sarr(1))
+    (tmp_path / "a" / "specificity.json").write_text(json.dumps({"schema_version": 1} | change))
+    with pytest.raises(SafeEraserError, match="specificity.json, tasks"): told(tmp_path / "a")

@@ -1,11 +1,16 @@
 """Real vocabularies, chat templates and folder layouts: what is trained on is what would stand in a row of its own."""
+import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 import unicodedata
 
 import pytest
 import torch
 from journeys import command
-from real import hard_rows, REAL, write_config, write_data, write_model
+from real import FRAMES, hard_rows, REAL, write_config, write_data, write_model, write_smollm2
 
 from safeeraser.data import Encoder, load_sets
 from safeeraser.generate import read_rows, row_key
@@ -105,3 +110,58 @@ def test_answers_are_those_of_generate_under_the_models_own_configuration(name, 
         inputs = encoder.prompts([item])
         own = model.generate(**inputs, max_new_tokens=length, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         assert said["val", item.set, item.image_id, item.question, 0] == processor.tokenizer.decode(own, skip_special_tokens=True).strip()
+
+
+def unlearnt(source, data, out, **settings):
+    "A short run with packing left to the tool; its record."
+    pairs = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "lora_r": 4, "lora_alpha": 8} | settings
+    command("unlearn", "--model", source, "--data", data, "--method", "kl+pd", "--out", out, *[x for k, v in pairs.items() for x in ("--set", f"{k}={json.dumps(v)}")])
+    return json.loads((out / "run.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_real_language_model_in_a_frame(frame, tmp_path, data):
+    "SmolLM2's first layers with its own vocabulary: packed, merged, and the same answers."
+    source = write_smollm2(frame, tmp_path / "model", layers=3)
+    record = unlearnt(source, data, tmp_path / "run")
+    assert record["packing"]["route"] and record["packing"]["difference"] < 1e-3
+    said = {}
+    command("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    for name, how in {"run": ("--model", source, "--adapter", tmp_path / "run"), "merged": ("--model", tmp_path / "merged")}.items():
+        command("generate", *how, "--data", data, "--splits", "val", "--out", tmp_path / f"{name}.jsonl")
+        said[name] = [r["response"] for r in read_rows(tmp_path / f"{name}.jsonl")]
+    assert said["run"] == said["merged"]
+
+
+@pytest.mark.slow
+def test_the_whole_of_smollm2_in_16_bits(tmp_path, data):
+    "A model that speaks: it knows where Paris is, and two steps do not take its speech away."
+    source = write_smollm2("smollm2 in llava", tmp_path / "model", torch.bfloat16)
+    file = data / "all_val.json"
+    records = json.loads(file.read_text())
+    records[0]["unsafe_pairs"][0]["question"] = "Whatever the picture shows: what is the capital of France?"
+    own = shutil.copytree(data.parent, tmp_path / "data") / "dataset"
+    (own / "all_val.json").write_text(json.dumps(records))
+    record = unlearnt(source, own, tmp_path / "run", learning_rate=1e-5)
+    assert record["packing"]["route"]
+    for name, more in {"vanilla": [], "unlearnt": ["--adapter", tmp_path / "run"]}.items():
+        out = tmp_path / f"{name}.jsonl"
+        command("generate", "--model", source, "--data", own, "--splits", "val", "--max-new-tokens", 24, "--out", out, *more)
+        assert any("Paris" in r["response"] for r in read_rows(out) if "capital" in r["question"])
+        command("judge", out, "--out", tmp_path / f"{name}.judged.jsonl")
+
+
+@pytest.mark.slow
+def test_a_16_bit_llava_before_a_terminal(tmp_path, data):
+    "A process of its own, with the bars that a person sees."
+    import pty
+    source, (here, there) = write_model("llava", tmp_path / "model", torch.bfloat16), pty.openpty()
+    argv = [sys.executable, "-m", "safeeraser", "unlearn", "--model", source, "--data", data, "--method", "kl+pd", "--out", tmp_path / "run", "--set", "max_steps=2", "--set", "per_device_train_batch_size=2"]
+    done = subprocess.Popen([*map(str, argv)], stdin=there, stdout=there, stderr=there, close_fds=True)
+    os.close(there)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal closes with the process
+        while part := os.read(here, 65536): said += part
+    assert done.wait() == 0 and b"kl+pd" in said and b"100%" in said and b"Traceback" not in said
+    assert json.loads((tmp_path / "run/run.json").read_text())["packing"]["route"]
