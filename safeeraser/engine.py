@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from .data import Encoder, Item, Row
+from .decoding import BrokenModel, decoding_config, ends_of, Finite, only_by_generate, room_for, Steps, steps_for, Stops, text_of
 from .core import first_line
 from .packing import attention_of, check_packing, check_plain_causal, FAILURES, flash, merge_attention, nothing_masked, PackedRow, Packer, position_ids, set_attention, stack_rows, to_device, tolerance, unwrapped, use_route, Verdict
 
@@ -139,8 +140,7 @@ class Engine:
 
     def __post_init__(self):
         use_route(self.model, "split")
-        tok, own = self.encoder.processor.tokenizer, self.model.generation_config.eos_token_id
-        self.ends = set(own if isinstance(own, list) else [tok.eos_token_id if own is None else own])
+        self.ends = set(ends_of(self.model, self.encoder))
 
     @torch.inference_mode()
     def answer(self, items: list[Item],
@@ -148,15 +148,18 @@ class Engine:
                sampler=None   # a logits processor with one stream a row, see `safeeraser.generate.RowSampler`; None: greedy
                ) -> list[str]:
         "One response for each item."
-        written = [[] for _ in items]
+        written, tok = [[] for _ in items], self.encoder.processor.tokenizer
+        config = decoding_config(self.model, self.encoder, max_new_tokens)
         for batch in self._batches(Packer(self.encoder).pack_prompts(items), max_new_tokens):
-            order = [i for row in batch for i in row.items]
-            for n, token in self.tokens(batch, max_new_tokens, sampler and sampler.rows(order)): written[order[n]].append(token)
-        return [self.encoder.processor.tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
+            order, prompts = [i for row in batch for i in row.items], [p for row in batch for p in _prompts(row)]
+            steps = steps_for(self.model, config, [items[i] for i in order], prompts, sampler and sampler.rows(order))
+            stops = Stops(self.model, tok, prompts)
+            for n, token in self.tokens(batch, max_new_tokens, steps, stops): written[order[n]].append(token)
+        return [text_of(t, tok, set(config.eos_token_id)) for t in written]
 
     def _batches(self, rows: list[PackedRow], max_new_tokens: int) -> Iterator[list[PackedRow]]:
         "Rows whose images and answers fit into `tokens_at_once`, one at least."
-        cost = lambda r: r.lengths[0] + sum(n + max_new_tokens for n in r.lengths[1:])
+        cost = lambda r: r.lengths[0] + sum(n + min(max_new_tokens, room_for(self.model, r.lengths[0] + n)) for n in r.lengths[1:])
         batch = []
         for row in rows:
             if batch and sum(map(cost, batch)) + cost(row) > self.tokens_at_once:
@@ -165,27 +168,28 @@ class Engine:
             batch.append(row)
         yield batch
 
-    def tokens(self, rows: list[PackedRow], max_new_tokens: int, sampler=None) -> Iterator[tuple[int, int]]:
+    def tokens(self, rows: list[PackedRow], max_new_tokens: int, steps: Steps, stops: Stops) -> Iterator[tuple[int, int]]:
         "The batch's answers as they are written: number of the row, token."
-        state, ids, positions = self.begin(rows, max_new_tokens)
-        numbers, going = torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.bool)
+        state, ids, positions = self.begin(rows, min(max_new_tokens, int(stops.room.max())))
+        numbers, going, written = torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.bool), ids[:, :0]
         for _ in range(max_new_tokens):
-            scores = self.step(state, ids, positions)
-            token = (sampler(None, scores) if sampler else scores).argmax(-1)
-            found = token.tolist()
+            token = steps(written, self.step(state, ids, positions)).argmax(-1)
+            found, written = token.tolist(), torch.cat([written, token.unsqueeze(1)], 1)
             yield from ((n, t) for n, t, on in zip(numbers.tolist(), found, going.tolist()) if on)
-            going &= torch.tensor([t not in self.ends for t in found])
+            going &= torch.tensor([t not in self.ends for t in found]) & ~stops(written).cpu()
             if not going.any(): return
             positions = positions[:, -1:] + 1
             if going.float().mean() < WORTH_MOVING:
                 kept = going.nonzero().flatten()
-                numbers, going = numbers[kept], going[kept]
-                token, positions = token[kept.to(token.device)], positions[kept.to(token.device)]
-                state.keep(kept.to(token.device))
-                if sampler: sampler = sampler.rows(kept.tolist())
-            ids = token.unsqueeze(1)
+                here = kept.to(token.device)
+                numbers, going, written, positions = numbers[kept], going[kept], written[here], positions[here]
+                state.keep(here)
+                steps, stops = steps.rows(kept.tolist()), stops.rows(kept.tolist())
+            ids = written[:, -1:]
 
-    def begin(self, rows: list[PackedRow], max_new_tokens: int = 0) -> tuple[Answers, torch.Tensor, torch.Tensor]:
+    def begin(self, rows: list[PackedRow],
+              max_new_tokens: int = 0  # that will follow
+              ) -> tuple[Answers, torch.Tensor, torch.Tensor]:
         "The images read, and the questions' tokens with their positions, [n, t] each, padded on the left."
         device = next(self.model.parameters()).device
         read = [read_prefix(self.model, r, device, max(r.lengths[1:]) + max_new_tokens) for r in rows]
@@ -206,17 +210,25 @@ class Engine:
         state.column += ids.shape[1]
         return scores
 
+
+def _prompts(row: PackedRow) -> list[list[int]]:
+    "Each question's tokens as they would stand alone, its image's in front."
+    image, *questions = torch.tensor(row.ids).split(row.lengths)
+    return [torch.cat([image, q]).tolist() for q in questions]
+
 # %% ../nbs/12_engine.ipynb #cell022
 def check_engine(model, encoder: Encoder,
                  items: list[Item],   # a few, best about two images
                  tokens: int = 3      # of each answer
                  ) -> tuple[Engine | None, Verdict]:
-    "An engine for the model, if its scores are the model's own; and what was found."
+    "An engine for the model, if its scores are the model's own; and what was found. Raises `BrokenModel` where its own are not finite."
+    if why := only_by_generate(model): return None, Verdict(None, why)
     own = attention_of(model)
     try:
         off = _furthest(Engine(model, encoder), items, tokens)
         if off <= tolerance(model): return Engine(model, encoder), Verdict("shared", f"scores within {off:.1e} of the model's own", off)
         why = f"scores {off:.1e} off the model's own"
+    except BrokenModel: raise
     except FAILURES as e: why = first_line(e)
     set_attention(model, own)
     return None, Verdict(None, why)
@@ -233,10 +245,16 @@ def _furthest(engine: Engine, items: list[Item], tokens: int) -> float:
         scores = engine.step(state, ids, positions)
         for n, score in zip(order, scores):
             inputs = to_device(_with_answer(engine.encoder.prompts([items[n]]), written[n]), scores.device)
-            off = max(off, (engine.model(**inputs).logits[0, -1].float().log_softmax(-1) - score.float().log_softmax(-1)).abs().max().item())
+            off = max(off, _apart(Finite([items[n]])(None, engine.model(**inputs).logits[:, -1])[0], score))
             written[n].append(int(score.argmax()))
         ids, positions = scores.argmax(-1, keepdim=True), positions[:, -1:] + 1
     return off
+
+
+def _apart(own: torch.Tensor, score: torch.Tensor) -> float:
+    "Largest difference of two log-probabilities that are possible to either; infinite where one is no number."
+    own, score = own.float().log_softmax(-1), score.float().log_softmax(-1)
+    return torch.where(own == score, 0., (own - score).abs()).nan_to_num(torch.inf).max().item()
 
 
 def _with_answer(inputs: dict, tokens: list[int]) -> dict:

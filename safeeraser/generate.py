@@ -20,6 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 from .engine import check_engine, Engine
 from .core import check_form, cpu_threads, lines_of, only_here, out_of_memory, parse_json, Place, progress_bar, read_text, SafeEraserError, write_whole
 from .data import Encoder, image_digest, Item, load_sets, settings_of
+from .decoding import decoding_config, Finite, only_by_generate, settings_in_force, steps_for, Stops, text_of
 from .model import adapter_file, load_adapter, load_model
 from .runs import read_record
 
@@ -38,15 +39,29 @@ def answer_batch(model, encoder: Encoder, items: list[Item],
                  sampler=None,                 # a `RowSampler`; None: greedy
                  engine: Engine | None = None  # shares what is read of an image; None: the model's own `generate`
                  ) -> list[str]:
-    "One response for each item."
+    "One response for each item; raises `SafeEraserError` where the model's scores are no numbers, or its own settings allow no samples."
     if engine: return engine.answer(items, max_new_tokens, sampler)
-    from transformers import GenerationConfig, LogitsProcessorList
-    inputs = {k: v.to(model.device) for k, v in encoder.prompts(items).items()}
-    tok, own = encoder.processor.tokenizer, model.generation_config
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id or tok.eos_token_id,
-                              eos_token_id=own.eos_token_id or tok.eos_token_id)
-    out = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler] if sampler else []))
-    return [t.strip() for t in tok.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)]
+    if not (why := only_by_generate(model)): return _generated(model, encoder, items, max_new_tokens, sampler)
+    if sampler: raise SafeEraserError(f"{why}, which knows no samples; set the temperature to 0, or take that setting out")
+    return [answer for item in items for answer in _generated(model, encoder, [item], max_new_tokens, whole=True)]
+
+
+def _generated(model, encoder: Encoder, items: list[Item], max_new_tokens: int, sampler=None,
+               whole: bool = False  # the model's settings choose between whole answers
+               ) -> list[str]:
+    "Responses by the model's own `generate`; its settings act on each row's own tokens, or, where they choose between answers, as transformers has it."
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    inputs, tok = {k: v.to(model.device) for k, v in encoder.prompts(items).items()}, encoder.processor.tokenizer
+    start, prompts = inputs["input_ids"].shape[1], [ids[seen.bool()].tolist() for ids, seen in zip(inputs["input_ids"], inputs["attention_mask"])]
+    stops, config = Stops(model, tok, prompts, start), decoding_config(model, encoder, max_new_tokens)
+    steps = Finite(items * (config.num_beams or 1)) if whole else steps_for(model, config, items, prompts, sampler)
+    length = min(max_new_tokens, int(stops.room.max()))
+    if whole: config.max_new_tokens = length
+    else: config = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
+    with settings_in_force(model, config):
+        out = model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([stops]),
+                             logits_processor=LogitsProcessorList([lambda ids, scores: steps(ids[:, start:], scores)]))
+    return [text_of(t, tok, set(config.eos_token_id)) for t in out[:, start:].tolist()]
 
 # %% ../nbs/05_generate.ipynb #cell012
 class RowSampler:
