@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, TypedDict
 from .engine import check_engine, Engine
 from .core import check_form, cpu_threads, lines_of, only_here, out_of_memory, parse_json, Place, plain_file, progress_bar, read_text, SafeEraserError, told, well_formed, write_whole
 from .data import Encoder, image_digest, Item, load_sets, settings_of
-from .decoding import decoding_config, Finite, only_by_generate, settings_in_force, steps_for, Stops, text_of
+from .decoding import decoding_config, Finite, only_by_generate, own_settings, settings_in_force, steps_for, Stops, text_of
 from .model import adapter_file, load_adapter, load_model
 from .runs import read_record
 from .server import check_url
