@@ -249,7 +249,7 @@ def files_digest(folder: str | Path | None) -> str | None:
         with told(file), file.open("rb") as f: seen.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
     return seen.hexdigest()
 
-# %% ../nbs/05_generate.ipynb #faa22cb8
+# %% ../nbs/05_generate.ipynb #cell028
 def _whole(least: int, most: int): return (lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most), f"a whole number from {least:,} to {most:,}"
 
 
@@ -266,7 +266,7 @@ def check_options(**options):
     if options["samples"] > 1 and options["temperature"] <= 0:
         raise SafeEraserError(f"samples={options['samples']} greedy responses would all be equal; set temperature > 0")
 
-# %% ../nbs/05_generate.ipynb #cell027
+# %% ../nbs/05_generate.ipynb #cell030
 def generate(model: str | Path,                   # the vanilla model: a folder, or a name on the hub
              data: str | Path,                    # the folder that holds `all_train.json`
              out: str | Path,                     # the file to write, `responses.jsonl`
@@ -316,7 +316,7 @@ def _finished(out: Path, header: dict, requests: list[Request]) -> bool:
     except SafeEraserError: return False
     return [(r.get("run"), *row_key(r)) for r in rows] == [(_run(header), *_key(r)) for r in requests]
 
-# %% ../nbs/05_generate.ipynb #cell029
+# %% ../nbs/05_generate.ipynb #cell032
 @dataclass
 class Asker:
     "A model that answers batches of requests."
@@ -374,7 +374,7 @@ def _asker(model, adapter, header: dict, batch_size: int | None, batch_tokens: i
     if engine: engine.tokens_at_once = batch_tokens
     return Asker(net, encoder, engine, batch_size or (64 if engine else 16), header)
 
-# %% ../nbs/05_generate.ipynb #cell031
+# %% ../nbs/05_generate.ipynb #cell034
 @dataclass
 class ServerAsker:
     "A model behind an OpenAI-compatible server."
@@ -415,7 +415,7 @@ def _server_asker(url: str, model: str, header: dict, requests: list[Request]) -
     from safeeraser.server import Server
     return ServerAsker(Server(url, model, timeout=600), header)
 
-# %% ../nbs/05_generate.ipynb #cell032
+# %% ../nbs/05_generate.ipynb #cell035
 def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool):
     "Ask what is missing in `part`; when all is there it becomes `out`."
     done, problem = resume_rows(part, header), ""

@@ -10,7 +10,7 @@ __all__ = ['COMPLETE', 'Predictions', 'packed_predictions', 'predict', 'rows_of'
 
 # %% ../nbs/04_trainer.ipynb #cell003
 import copy, hashlib, json, os, shutil, signal, threading, time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +208,8 @@ class UnlearnTrainer(Trainer):
         self.vision = VisionCache(model, args.vision_cache_gib * 2**30, args.vision_cache_dir) if args.vision_cache_gib > 0 else nullcontext()
         for theirs in (transformers.trainer.DEFAULT_PROGRESS_CALLBACK, PrinterCallback): self.remove_callback(theirs)
         self.add_callback(Guard(self))
-        if not args.disable_tqdm: self.add_callback(ProgressBar())
+        self.bar = ProgressBar()
+        if not args.disable_tqdm: self.add_callback(self.bar)
 
     def _get_train_sampler(self, train_dataset=None) -> SlotSampler:
         data, args = self.train_dataset, self.args
@@ -227,7 +228,7 @@ class UnlearnTrainer(Trainer):
         left = read_left(resume_from_checkpoint)
         self.before, self.began, self.stopped = left.get("seconds", 0.0), time.perf_counter(), left.get("stopped")
         self._drop_steps_after(left.get("step", 0))
-        with self.vision, quiet_bars():
+        with self.vision, quiet_bars(), closing(self.bar):
             if left and (self.stopped or left["step"] >= self.planned_steps()): self._take_up(resume_from_checkpoint)
             else: super().train(resume_from_checkpoint=resume_from_checkpoint)
 
@@ -367,7 +368,8 @@ class ProgressBar(TrainerCallback):
         shown = {k: f"{v:.2f}" for k, v in (logs or {}).items() if isinstance(v, float) and k not in ("grad_norm", "learning_rate", "epoch")}
         if self.bar is not None: self.bar.set_postfix(shown)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self):
+        "Take the bar away, also where training broke off: what is said then stands on a line of its own."
         if self.bar is not None: self.bar.close()
 
 # %% ../nbs/04_trainer.ipynb #cell032

@@ -115,7 +115,7 @@ def run(argv, root: Path) -> tuple[int, str]:
 def _command(argv, root: Path) -> int:
     from safeeraser.cli import main
     os.chdir(root)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    out, err = sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # by name too, or replacing them closes them
     code = 0
     with mock.patch.object(sys, "argv", ["safeeraser", *argv]):
         try: main()
@@ -152,10 +152,10 @@ def good_folder(root: Path, tiny) -> Path:
     for argv in (UNLEARN, GENERATE_ADAPTER, ["judge", "run/responses.jsonl", "--judge", "rule", "--out", "run/judged.jsonl"],
                  ["judge", "run/judged.jsonl", "--judge", "exact", "--out", "run/judged.jsonl"]):
         code, said = run(argv, root)
-        assert code == 0, said
+        assert code == 0, (code, argv, said)
     (root / "run/specificity.json").write_text(json.dumps({"schema_version": 1, "model": "m", "by": "lmms-eval", "tasks": {"gqa": {"score": .5, "n": 10, "of": 12}}}))
     code, said = run(["report", "run", "--judge", "exact", "--out", "results.json"], root)
-    assert code == 0, said
+    assert code == 0, (code, argv, said)
     shutil.rmtree(root / "run/checkpoints", ignore_errors=True)
     (root / "run/report.html").unlink()
     row = json.loads((root / "run/judged.jsonl").read_text().splitlines()[0])

@@ -357,7 +357,7 @@ def write_model(name: str, folder: Path, precision: torch.dtype = torch.float32)
 def write_smollm2(frame: str, folder: Path, precision: torch.dtype = torch.float32, layers: int = 30) -> Path:
     "A folder with SmolLM2, or its first layers, as the language model of a frame."
     lm = AutoModelForCausalLM.from_pretrained(parts(), gguf_file=SMOLLM2, dtype=torch.float32)
-    text = {k: v for k, v in lm.config.to_dict().items() if not k.endswith("_token_id")} | {"num_hidden_layers": layers, "head_dim": lm.config.head_dim}
+    text = {k: v for k, v in lm.config.to_dict().items() if not k.endswith("_token_id") and k != "quantization_config"} | {"num_hidden_layers": layers, "head_dim": lm.config.head_dim}
     config = write_config(frame, folder, text_config=text, tie_word_embeddings=True)
     generation = (folder / "generation_config.json").read_text()
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from safeeraser.calibrate import calibration_text, key_of, read_labels
 from safeeraser.cli import _check_judge
 from safeeraser.core import only_here, SafeEraserError
 from safeeraser.generate import read_rows, write_rows
-from safeeraser.judges import ASKS, KNOWN, Chat, Guard, calls_of, judge_with, local_judge, prompt_ids, read_grade, read_verdict, server_judge
+from safeeraser.judges import ASKS, KNOWN, Chat, Guard, call_for, calls_of, judge_with, local_judge, prompt_ids, read_grade, read_verdict, server_judge
 from safeeraser.metrics import report
 from safeeraser.server import Call, Reply, Server
 
@@ -84,7 +84,7 @@ def test_a_model_that_changes_in_mid_judgement_begins_again(server, tmp_path):
 def test_only_verdicts_are_kept_and_all_can_be_asked_anew(server, tmp_path):
     server.misbehave = lambda handler, n: handler.good(server.seen[-1], "<think>The response")
     bad = judge_with(server_judge(client(server, tmp_path), progress=False), rows())
-    assert not any(t.passed for t in bad.trials.values()) and "'<think>" not in str(bad.trials) and "<think>The response" in bad.trials["unsafe"].in_full()
+    assert not any(t.passed for t in bad.trials.values()) and "<think>The response" in bad.trials["unsafe"].in_full()
     server.misbehave = None
     good = judge_with(server_judge(client(server, tmp_path), progress=False), rows())
     assert all(t.passed for t in good.trials.values())
@@ -188,7 +188,7 @@ def test_a_broken_or_overlong_judge_decides_nothing(speaker):
     import copy
     model, tokenizer = copy.deepcopy(speaker[0]), speaker[1]
     tokenizer.chat_template = CHATML
-    call = calls_of(rows(1), server_like := type("J", (), {"decides": ("unsafe",), "grades": False, "view": "question", "image": staticmethod(lambda r: None), "max_tokens": 8})())[0][2]
+    call = call_for("unsafe", rows(1)[0])
     model.lm_head.weight.data.fill_(float("nan"))
     assert read_verdict(Guard(model, tokenizer)(call))["value"] is None
     long = Call(call.system, call.text.replace("Collect", "Collect" * 1000))
