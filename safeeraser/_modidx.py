@@ -349,6 +349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'safeeraser.generate._key': ('generate.html#_key', 'safeeraser/generate.py'),
                                      'safeeraser.generate._line': ('generate.html#_line', 'safeeraser/generate.py'),
                                      'safeeraser.generate._object': ('generate.html#_object', 'safeeraser/generate.py'),
+                                     'safeeraser.generate._own_key': ('generate.html#_own_key', 'safeeraser/generate.py'),
                                      'safeeraser.generate._parsed': ('generate.html#_parsed', 'safeeraser/generate.py'),
                                      'safeeraser.generate._row_in': ('generate.html#_row_in', 'safeeraser/generate.py'),
                                      'safeeraser.generate._row_seed': ('generate.html#_row_seed', 'safeeraser/generate.py'),

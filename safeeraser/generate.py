@@ -181,7 +181,12 @@ def write_rows(path: str | Path, rows: list[dict]):
     write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 # %% ../nbs/05_generate.ipynb #cell024
-def row_key(row: dict) -> tuple: return tuple(row.get(k) for k in ("split", "set", "image_id", "question", "sample", "reference"))
+def row_key(row: dict) -> tuple: return tuple(row[k] for k in ("split", "set", "image_id", "question", "sample"))
+
+
+def _own_key(row: dict) -> tuple:
+    "A row's key with its reference: one question may be asked twice about an image, with two answers on record."
+    return *row_key(row), row.get("reference")
 
 
 def _key(r: Request) -> tuple: return r.item.split, r.item.set, r.item.image_id, r.item.question, r.sample, r.item.answer
@@ -198,7 +203,7 @@ def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
     if _parsed(head) != header:
         raise SafeEraserError(f"{part} was begun with other settings, questions or images, or other weights; remove it or name another --out")
     if lines[-1]: append(part, b"\n")  # half a line stays behind, and is none of the rows
-    return {row_key(r): r for r in map(_row_in, lines) if r}
+    return {_own_key(r): r for r in map(_row_in, lines) if r}
 
 
 def _line(value) -> bytes: return (json.dumps(value, ensure_ascii=False) + "\n").encode()
@@ -314,7 +319,7 @@ def _finished(out: Path, header: dict, requests: list[Request]) -> bool:
     if not out.exists(): return False
     try: rows = read_rows(out)
     except SafeEraserError: return False
-    return [(r.get("run"), *row_key(r)) for r in rows] == [(_run(header), *_key(r)) for r in requests]
+    return [(r.get("run"), *_own_key(r)) for r in rows] == [(_run(header), *_key(r)) for r in requests]
 
 # %% ../nbs/05_generate.ipynb #cell032
 @dataclass

@@ -10,7 +10,7 @@ from safeeraser.core import SafeEraserError
 from safeeraser.data import Encoder, load_sets
 from safeeraser.decoding import BrokenModel
 from safeeraser.engine import Engine, check_engine
-from safeeraser.generate import RowSampler, answer_batch, generate, plan_requests, read_rows, resume_rows, row_key
+from safeeraser.generate import RowSampler, answer_batch, generate, plan_requests, read_rows, resume_rows
 from safeeraser.judge import answer_of
 from safeeraser.model import load_model
 
@@ -313,11 +313,6 @@ def test_a_begun_thought_is_known_as_one(tiny, tmp_path):
     for opened, said, answer in (("<think>\n", "A cup.</think> Red.", "Red."), ("<think>\n", "A cup, and", None), ("", "Red.", "Red.")):
         asker = Asker(None, SimpleNamespace(prompt=lambda q, opened=opened: f"user: {q} assistant: {opened}"), None, 1, {})
         assert answer_of({"response": asker._begun(request) + said}) == answer
-
-
-def test_row_keys_tell_references_apart():
-    row = {"split": "val", "set": "retain", "image_id": "a", "question": "q", "sample": 0}
-    assert row_key(row | {"reference": "zorb"}) != row_key(row | {"reference": "wug"})
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tiny, tmp_path):

@@ -92,12 +92,8 @@ def test_an_older_llava_folder_is_told_what_it_lacks(verb, tmp_path, data, capsy
     assert len(told) == 1 and "num_additional_image_tokens" in told[0]
 
 
-OBEYED = pytest.mark.xfail(reason="what a generation_config asks for beside the end is not obeyed on every route")
-ASKING = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[OBEYED] if any(a in real.generation for a in ASKING) else []) for n, real in REAL.items()])
+@pytest.mark.parametrize("name", REAL)
 def test_answers_are_those_of_generate_under_the_models_own_configuration(name, tmp_path, data):
     source, length = write_model(name, tmp_path / "model"), 12
     out = tmp_path / "responses.jsonl"
