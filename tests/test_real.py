@@ -150,13 +150,14 @@ def test_the_whole_of_smollm2(tmp_path, data):
 @pytest.mark.slow
 def test_a_16_bit_llava_before_a_terminal(tmp_path, data):
     "A process of its own, with the bars that a person sees."
-    import pty
+    import fcntl, pty, struct, termios
     source, (here, there) = write_model("llava", tmp_path / "model", torch.bfloat16), pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # without a width no bar is drawn
     argv = [sys.executable, "-m", "safeeraser", "unlearn", "--model", source, "--data", data, "--method", "kl+pd", "--out", tmp_path / "run", "--set", "max_steps=2", "--set", "per_device_train_batch_size=2"]
     done = subprocess.Popen([*map(str, argv)], stdin=there, stdout=there, stderr=there, close_fds=True)
     os.close(there)
     said = b""
     with contextlib.suppress(OSError):  # the terminal closes with the process
         while part := os.read(here, 65536): said += part
-    assert done.wait() == 0 and b"kl+pd" in said and b"0%|" in said and b"Traceback" not in said
+    assert done.wait() == 0 and b"kl+pd" in said and b"2/2" in said and b"Traceback" not in said
     assert json.loads((tmp_path / "run/run.json").read_text())["packing"]["route"]
