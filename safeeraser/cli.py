@@ -246,7 +246,7 @@ def generate(model: Model, data: Data,
                                                            "Its key, if it wants one, is read from OPENAI_API_KEY.")] = None):
     "Ask a model all questions of a data set."
     from safeeraser.generate import generate as run
-    run(model, data, out, adapter, splits and splits.split(","), samples, temperature, top_p, max_new_tokens, batch_size, batch_tokens, seed=seed, server=server)
+    run(model, data, out, adapter, splits and [s.strip() for s in splits.split(",")], samples, temperature, top_p, max_new_tokens, batch_size, batch_tokens, seed=seed, server=server)
     print(f"wrote {out}")
 
 # %% ../nbs/09_cli.ipynb #cell045
@@ -335,17 +335,17 @@ def _cost(rows: list[dict], build) -> str:
 def _judged(responses: Path, out: Path, judge: str, build, trust: bool) -> str:
     "Judge a file, write it, and say what came out."
     from safeeraser.generate import read_rows, write_rows
-    from safeeraser.judge import judge_rows, QUESTIONS
+    from safeeraser.judge import answer_of, judge_rows, QUESTIONS
     rows = read_rows(responses)
     if judge in _ASKED:
         from safeeraser.judges import judge_with
         rows, trials, name = judge_with(build(), rows, trust)
-    else: rows, trials, name = judge_rows(rows, judge), {}, judge
+    else: rows, trials, name = judge_rows(rows, judge, responses), {}, judge
     write_rows(out, rows)
     fate = lambda t: "" if t.passed else ": scored only because of --trust" if trust else ": scores nothing"
     lines = [f"judge: {name}", *(f"{q:11} {t}{fate(t)}" + "".join(f"\n{'':11} it replied {s}" for s in t.said if not t.passed) for q, t in trials.items())]
     if trials and all(t.kept for t in trials.values()): lines.append("known labels as it replied to them before; --refresh asks all anew")
-    if missing := sum(r["response"] is None for r in rows): lines.append(f"{missing} of {len(rows)} questions got no answer: unscored")
+    if missing := sum(answer_of(r) is None for r in rows): lines.append(f"{missing} of {len(rows)} questions got no answer: unscored")
     values = {q: [r["verdicts"][name][q]["value"] for r in rows] for q in QUESTIONS}
     return "\n".join(lines + [f"{q:11} yes {v.count(True):5}   no {v.count(False):5}   unscored {v.count(None):5}" for q, v in values.items()])
 

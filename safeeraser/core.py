@@ -93,7 +93,14 @@ _BELONGS = {"string_type": "a text belongs here", "list_type": "a list belongs h
             "string_too_short": "a non-empty text belongs here", "too_short": "a non-empty list belongs here", "extra_forbidden": "is not known here"}
 
 
-def _field(steps: tuple) -> str: return "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
+def _field(value, steps: tuple) -> str:
+    "Where in a value an error is; behind what holds nothing, pydantic only names the alternatives that it tried."
+    path = ""
+    for step in steps:
+        if not isinstance(value, (dict, list)): break
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+        value = value.get(step) if isinstance(value, dict) else value[step] if isinstance(step, int) else None
+    return path.lstrip(".")
 
 
 def check_form(value, form: TypeAdapter, place: Place | Path):
@@ -103,7 +110,7 @@ def check_form(value, form: TypeAdapter, place: Place | Path):
         found, place = e.errors(include_url=False)[0], place if isinstance(place, Place) else Place(place)
         problem = _BELONGS.get(found["type"], found["msg"][:1].lower() + found["msg"][1:])
         told_input = "missing" if found["type"] == "missing" else f"{problem}, found {found['input']!r:.60}"
-        raise place.error(_field(found["loc"]), told_input) from None
+        raise place.error(_field(value, found["loc"]), told_input) from None
     return value
 
 # %% ../nbs/00_core.ipynb #cell019

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'ASKED', 'ROW_KEYS', 'LONG_IMAGE', 'answer_batch', 'RowSampler', 'Request', 'plan_requests',
-           'response_row', 'row_key', 'read_rows', 'write_rows', 'resume_rows', 'generate', 'Asker', 'ServerAsker']
+           'response_row', 'read_rows', 'write_rows', 'row_key', 'resume_rows', 'append', 'files_digest',
+           'check_options', 'generate', 'Asker', 'ServerAsker']
 
 # %% ../nbs/05_generate.ipynb #cell003
-import hashlib, json
+import hashlib, json, re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from .engine import check_engine, Engine
-from .core import check_form, cpu_threads, lines_of, only_here, out_of_memory, parse_json, Place, progress_bar, read_text, SafeEraserError, write_whole
+from .core import check_form, cpu_threads, lines_of, only_here, out_of_memory, parse_json, Place, plain_file, progress_bar, read_text, SafeEraserError, told, well_formed, write_whole
 from .data import Encoder, image_digest, Item, load_sets, settings_of
-from .decoding import decoding_config, Finite, only_by_generate, settings_in_force, steps_for, Stops, text_of
+from .decoding import decoding_config, Finite, only_by_generate, own_settings, settings_in_force, steps_for, Stops, text_of
 from .model import adapter_file, load_adapter, load_model
 from .runs import read_record
+from .server import check_url
 
 SCHEMA_VERSION = 1
 
@@ -101,13 +103,22 @@ def plan_requests(data: str | Path,
                   samples: int = 1                  # responses to a forget question; 1 to the others, as published
                   ) -> list[Request]:
     "All responses to get, in a fixed order."
-    splits = splits or [s for s in ASKED if s in ("train", "val") or (Path(data)/f"all_{s}.json").exists()]
+    splits = _checked(splits, Path(data)) if splits else [s for s in ASKED if s in ("train", "val") or (Path(data)/f"all_{s}.json").exists()]
     requests = []
     for split in splits:
         sets = load_sets(data, split)
         for name in ASKED.get(split, ASKED["val"]):
             requests += [Request(i, n) for i in getattr(sets, name) for n in range(samples if name == "forget" else 1)]
     return requests
+
+
+def _checked(splits: list[str], data: Path) -> list[str]:
+    "The splits; raises `SafeEraserError` where one is named twice or is not there."
+    there = sorted(f.stem.removeprefix("all_") for f in data.glob("all_*.json"))
+    for split in splits:
+        if splits.count(split) > 1: raise SafeEraserError(f"--splits: {split!r:.60} is named twice")
+        if there and split not in there: raise SafeEraserError(f"--splits: no {split!r:.60} in {data}; there are: {', '.join(there)}")
+    return splits
 
 # %% ../nbs/05_generate.ipynb #cell020
 ROW_KEYS = ("schema_version", "method", "seed", "image_id", "split", "set", "question", "sample", "response", "verdicts")
@@ -121,15 +132,12 @@ def response_row(request: Request, response: str, method: str, seed: int) -> dic
             "reference": i.answer, "verdicts": {}}
 
 
-def row_key(row: dict) -> tuple: return tuple(row[k] for k in ("split", "set", "image_id", "question", "sample"))
-
-
 def read_rows(path: str | Path) -> list[dict]:
     "The rows of a responses file, checked; raises `SafeEraserError` naming the line that is wrong."
     path = Path(path)
-    rows = [_check_row(Place(path, line=n), line) for n, line in lines_of(read_text(path))]
+    rows = [(place := Place(path, line=n), _object(place, line)) for n, line in lines_of(read_text(path))]
     if not rows: raise SafeEraserError(f"{path}: holds no response")
-    return rows
+    return [check_form(row, _ROW, place) for place, row in rows]
 
 # %% ../nbs/05_generate.ipynb #cell021
 class _Verdict(TypedDict, total=False):
@@ -158,13 +166,14 @@ class _Row(TypedDict):
 _ROW = TypeAdapter(_Row)
 
 
-def _check_row(place: Place, line: str) -> dict:
+def _object(place: Place, line: str) -> dict:
+    "A line's object with all that a row has, in the schema that this version reads."
     try: row = parse_json(line, place)
     except SafeEraserError as e: raise SafeEraserError(str(e).replace("not JSON", "not a JSON object; was the file cut off? Generate it again")) from None
     missing = [k for k in ROW_KEYS if not isinstance(row, dict) or k not in row]
     if missing: raise place.error("", f"lacks {', '.join(missing)}; a file written by `safeeraser generate` belongs here")
     if row["schema_version"] != SCHEMA_VERSION: raise place.error("", f"schema version {row['schema_version']}, this version reads {SCHEMA_VERSION}")
-    return check_form(row, _ROW, place)
+    return row
 
 # %% ../nbs/05_generate.ipynb #cell022
 def write_rows(path: str | Path, rows: list[dict]):
@@ -172,26 +181,46 @@ def write_rows(path: str | Path, rows: list[dict]):
     write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 # %% ../nbs/05_generate.ipynb #cell024
+def row_key(row: dict) -> tuple: return tuple(row.get(k) for k in ("split", "set", "image_id", "question", "sample", "reference"))
+
+
+def _key(r: Request) -> tuple: return r.item.split, r.item.set, r.item.image_id, r.item.question, r.sample, r.item.answer
+
+
 def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
     "Rows that an interrupted run has left, by key; starts the file where there is none."
-    if not part.exists():
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise SafeEraserError(f"{part}: cannot be written ({e.strerror})") from None
+    first = _line(header)
+    with told(part, "cannot be read"): held = part.read_bytes() if part.exists() else b""
+    if b"\n" not in held and first.startswith(held):  # stopped before the first line was whole
+        write_whole(part, first.decode())
         return {}
-    lines = part.read_text(encoding="utf-8").split("\n")
-    if not lines[0] or _parsed(lines[0]) != header:
-        raise SafeEraserError(f"{part} was begun with other settings, questions or images; remove it or name another --out")
-    whole = [row for row in map(_parsed, lines[1:-1]) if row]  # behind the last newline is nothing, or half a line
-    part.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [header, *whole]), encoding="utf-8")
-    return {row_key(r): r for r in whole}
+    head, *lines = held.split(b"\n")
+    if _parsed(head) != header:
+        raise SafeEraserError(f"{part} was begun with other settings, questions or images, or other weights; remove it or name another --out")
+    if lines[-1]: append(part, b"\n")  # half a line stays behind, and is none of the rows
+    return {row_key(r): r for r in map(_row_in, lines) if r}
 
 
-def _parsed(line: str):
+def _line(value) -> bytes: return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+def _parsed(line: bytes):
     try: return json.loads(line)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
+
+
+def _row_in(line: bytes) -> dict | None:
+    try: return check_form(_object(Place(Path()), line.decode()), _ROW, Path())
+    except (SafeEraserError, UnicodeDecodeError): return None
+
+
+def append(file: Path, new: bytes):
+    "Write behind what is there; raises `SafeEraserError` where the disk won't take it."
+    try:
+        with file.open("ab", buffering=0) as f:
+            while new: new = new[f.write(new):]
+    except OSError as e:
+        raise SafeEraserError(f"{file}: cannot be written ({e.strerror}); what is done is kept, and the same command goes on from there") from None
 
 # %% ../nbs/05_generate.ipynb #cell025
 def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
@@ -204,11 +233,40 @@ def _identity(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
 
 # %% ../nbs/05_generate.ipynb #cell026
 def _digest(requests: list[Request]) -> str:
-    "Names what is asked: questions, and the images' contents, which may be replaced between two runs."
+    "Names what is asked: questions with their references, and the images' contents, which may be replaced between two runs."
     images = {image: image_digest(image) for image in {r.item.image for r in requests}}
-    return hashlib.sha256(repr([(images[r.item.image], r.item.image_id, r.item.question, r.sample) for r in requests]).encode()).hexdigest()
+    return hashlib.sha256(repr([(images[r.item.image], *_key(r)) for r in requests]).encode("utf-8", "surrogatepass")).hexdigest()
 
-# %% ../nbs/05_generate.ipynb #cell027
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.jinja", "*.model", "*config.json", "tokenizer.json")
+
+
+def files_digest(folder: str | Path | None) -> str | None:
+    "Of the content of a model's or an adapter's files; None where it is no folder on this machine."
+    if folder is None or not Path(folder).is_dir(): return None
+    seen = hashlib.blake2b(digest_size=16)
+    for file in sorted({f for pattern in _WEIGHTS for f in Path(folder).glob(pattern) if f.is_file()}):
+        with told(file), file.open("rb") as f: seen.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
+    return seen.hexdigest()
+
+# %% ../nbs/05_generate.ipynb #cell028
+def _whole(least: int, most: int): return (lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most), f"a whole number from {least:,} to {most:,}"
+
+
+_OPTIONS = {"samples": _whole(1, 1000), "max_new_tokens": _whole(1, 10**18), "batch_size": _whole(1, 2**31), "batch_tokens": _whole(1, 2**62), "seed": _whole(0, 2**32 - 1),
+            "temperature": (lambda v: v == 0 or 1e-6 <= v <= 1e6, "0 (greedy) or a number from 0.000001 to 1,000,000"),
+            "top_p": (lambda v: 0 < v <= 1, "a number above 0, at most 1")}
+
+
+def check_options(**options):
+    "Raises `SafeEraserError` naming the first option of `generate` that is out of its range; None stands for a default."
+    for name, value in options.items():
+        good, wanted = _OPTIONS[name]
+        if value is not None and not good(value): raise SafeEraserError(f"{name}={value!r:.60}: {wanted} belongs here")
+    if options["samples"] > 1 and options["temperature"] <= 0:
+        raise SafeEraserError(f"samples={options['samples']} greedy responses would all be equal; set temperature > 0")
+
+# %% ../nbs/05_generate.ipynb #cell030
 def generate(model: str | Path,                   # the vanilla model: a folder, or a name on the hub
              data: str | Path,                    # the folder that holds `all_train.json`
              out: str | Path,                     # the file to write, `responses.jsonl`
@@ -227,21 +285,38 @@ def generate(model: str | Path,                   # the vanilla model: a folder,
              progress: bool = True                # show a bar
              ) -> Path:
     "Ask all questions and write the responses; an interrupted run goes on where it stopped."
-    if adapter and not server: adapter_file(adapter)
-    if samples > 1 and temperature <= 0: raise SafeEraserError(f"samples={samples} greedy responses would all be equal; set temperature > 0")
+    check_options(samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size, batch_tokens=batch_tokens, seed=seed)
+    if server: check_url(server)
+    elif adapter: adapter_file(adapter)
+    file = plain_file(out) if Path(out).is_symlink() else Path(out)  # a link stays one
+    plain_file(file)
     own = settings_of(data).get("generate", {})
     max_new_tokens, batch_size = max_new_tokens or own.get("max_new_tokens", 512), batch_size or own.get("batch_size")
-    out, (method, run_seed), requests = Path(out), _identity(model, adapter), plan_requests(data, splits, samples)
-    if out.is_dir(): raise SafeEraserError(f"{out}: is a folder; --out is a file such as responses.jsonl")
-    questions = _digest(requests)
+    (method, run_seed), requests = _identity(model, adapter), plan_requests(data, splits, samples)
     header = {"schema_version": SCHEMA_VERSION, "model": str(model), "adapter": adapter and str(adapter), "method": method, "seed": run_seed,
-              "questions": questions, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed} | ({"server": server} if server else {})
-    part = out.with_name(out.name + ".part")
+              "questions": _digest(requests), "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "sampling_seed": seed}
+    header |= {"server": server} if server else {"files": [files_digest(model), files_digest(adapter)]}
+    part = file.with_name(file.name + ".part")
     with only_here(part), cpu_threads(1):
+        if not part.exists() and _finished(file, header, requests): return Path(out)
         asker = partial(_server_asker, server, str(model), header) if server else partial(_asker, model, adapter, header, batch_size, batch_tokens, share_images, device)
-        return _fill(asker, part, out, header, requests, progress)
+        _fill(asker, part, file, header, requests, progress)
+    return Path(out)
 
-# %% ../nbs/05_generate.ipynb #cell029
+
+def _run(header: dict) -> str:
+    "Names all that a file's answers depend on."
+    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _finished(out: Path, header: dict, requests: list[Request]) -> bool:
+    "Whether a file already holds the answers to just these requests."
+    if not out.exists(): return False
+    try: rows = read_rows(out)
+    except SafeEraserError: return False
+    return [(r.get("run"), *row_key(r)) for r in rows] == [(_run(header), *_key(r)) for r in requests]
+
+# %% ../nbs/05_generate.ipynb #cell032
 @dataclass
 class Asker:
     "A model that answers batches of requests."
@@ -252,19 +327,36 @@ class Asker:
     header: dict          # of the responses file: how to answer
     whole_batches = True  # rounding may differ from batch to batch, so a resumed run asks those of the first run
 
+    def decoding(self) -> dict:
+        "What was in force, as rows tell it."
+        only, own = only_by_generate(self.model), own_settings(self.model)
+        return _asked_for(self.header) | ({"model_settings": own} if own else {}) | ({"one_by_one": only} if only else {})
+
     def batches(self, requests: list[Request]) -> list[list[Request]]:
         "Questions about one image together, where they share it; else questions of like length."
         images = {image: n for n, image in enumerate(dict.fromkeys(r.item.image for r in requests))}
         ordered = sorted(requests, key=(lambda r: images[r.item.image]) if self.engine else (lambda r: len(r.item.question)))
         return [ordered[k:k + self.batch_size] for k in range(0, len(ordered), self.batch_size)]
 
-    def ask(self, batch: list[Request]) -> list[str]:
-        "One response for each request."
+    def ask(self, batch: list[Request]) -> list[dict]:
+        "The response to each request."
         h = self.header
         seeds = [_row_seed(h["sampling_seed"], r.item, r.sample) for r in batch]
         sampler = RowSampler(seeds, h["temperature"], h["top_p"]) if h["temperature"] > 0 else None
         with out_of_memory(f"--batch-size (now {self.batch_size}), --batch-tokens or --max-new-tokens (now {h['max_new_tokens']})"):
-            return answer_batch(self.model, self.encoder, [r.item for r in batch], h["max_new_tokens"], sampler, self.engine)
+            said = answer_batch(self.model, self.encoder, [r.item for r in batch], h["max_new_tokens"], sampler, self.engine)
+        return [{"response": self._begun(r) + text} for r, text in zip(batch, said)]
+
+    def _begun(self, request: Request) -> str:
+        "The mark of a thought that the chat template has begun, so that what follows is known as one."
+        found = re.search(r"(<think(?:ing)?>|\[THINK\])\s*$", self.encoder.prompt(request.item.question))
+        return found[0].strip() + "\n" if found else ""
+
+
+def _asked_for(header: dict) -> dict:
+    "How answers were asked for."
+    names = ("max_new_tokens", "temperature", *(("top_p", "sampling_seed") if header["temperature"] > 0 else ()))
+    return {k: header[k] for k in names}
 
 
 LONG_IMAGE = 64  # tokens of a prompt from which on reading it once is faster than reading it for every question
@@ -282,13 +374,14 @@ def _asker(model, adapter, header: dict, batch_size: int | None, batch_tokens: i
     if engine: engine.tokens_at_once = batch_tokens
     return Asker(net, encoder, engine, batch_size or (64 if engine else 16), header)
 
-# %% ../nbs/05_generate.ipynb #cell031
+# %% ../nbs/05_generate.ipynb #cell034
 @dataclass
 class ServerAsker:
     "A model behind an OpenAI-compatible server."
     server: object
     header: dict
     problem: str = ""        # why the last request that failed did
+    model: str = ""          # what replies, where that is another name than was asked for
     whole_batches = False    # every answer is asked, and paid, once
 
     def batches(self, requests: list[Request]) -> list[list[Request]]:
@@ -296,44 +389,64 @@ class ServerAsker:
         size = 4 * self.server.at_once
         return [requests[k:k + size] for k in range(0, len(requests), size)]
 
-    def ask(self, batch: list[Request]) -> list[str | None]:
-        "One response for each request, None where there was none; raises `SafeEraserError` where the server gives none at all."
+    def decoding(self) -> dict: return _asked_for(self.header)
+
+    def ask(self, batch: list[Request]) -> list[dict | None]:
+        "The response to each request, None where the call failed; raises `SafeEraserError` where all did, or another model replies than before."
         from safeeraser.server import ask_all, Call
         h = self.header
         calls = [Call("", r.item.question, r.item.image, h["max_new_tokens"], h["temperature"], h["top_p"] if h["temperature"] > 0 else 1.0,
                       _row_seed(h["sampling_seed"], r.item, r.sample) % 2**31 if h["temperature"] > 0 else None) for r in batch]
         replies = ask_all(self.server, calls, progress=False)
-        bad = [r.problem for r in replies if r.text is None]
+        bad = [r.problem for r in replies if not r.ended]
         self.problem = bad[-1] if bad else self.problem
         if len(bad) == len(replies): raise SafeEraserError(f"{self.server.url}: {bad[0]}; what is done is kept, and the same command goes on from there")
-        return [r.text if r.text is None else r.text.strip() for r in replies]
+        return [_heard(r, self.server.model) if r.ended else None for r in replies]
+
+
+def _heard(reply, asked: str) -> dict:
+    "What a row keeps of a server's reply: its text, how it ended, and who replied where that is not who was asked."
+    empty = "" if reply.finish in ("length", "content_filter") else None
+    by = {"answered_by": reply.model} if reply.model not in ("", asked) else {}
+    return {"response": empty if reply.text is None else well_formed(reply.text).strip()} | ({"finish_reason": reply.finish} if reply.finish else {}) | by
 
 
 def _server_asker(url: str, model: str, header: dict, requests: list[Request]) -> ServerAsker:
     from safeeraser.server import Server
     return ServerAsker(Server(url, model, timeout=600), header)
 
-# %% ../nbs/05_generate.ipynb #cell032
-def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool) -> Path:
-    method, run_seed, done = header["method"], header["seed"], resume_rows(part, header)
-    key = lambda r: row_key(response_row(r, "", method, run_seed))
+# %% ../nbs/05_generate.ipynb #cell035
+def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool):
+    "Ask what is missing in `part`; when all is there it becomes `out`."
+    done, problem = resume_rows(part, header), ""
     try:
-        if any(key(r) not in done for r in requests):
-            asker = make_asker(requests)
-            with part.open("a", encoding="utf-8") as file, progress_bar(total=len(requests), desc=f"{method}: answers", show=progress) as bar:
-                for batch in asker.batches(requests):
-                    new = [r for r in batch if key(r) not in done]
-                    asked = batch if new and asker.whole_batches else new
-                    answers = dict(zip(map(key, asked), asker.ask(asked))) if asked else {}
-                    rows = {key(r): response_row(r, answers[key(r)], method, run_seed) for r in new if answers[key(r)] is not None}
-                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
-                    file.flush()
-                    done |= rows
-                    bar.update(len(batch))
+        if missing := [r for r in requests if _key(r) not in done]:
+            with progress_bar(total=len(requests), desc=f"{header['method']}: answers", show=progress) as bar:
+                problem = _ask(make_asker(requests), part, header, requests, done, bar)
     finally:
-        if not done: part.unlink()  # refused or stopped before the first answer: nothing to go on from
-    if missing := sum(key(r) not in done for r in requests):
-        raise SafeEraserError(f"{missing} of {len(requests)} questions got no answer ({asker.problem}); the others' are kept, and the same command asks these again")
-    write_rows(out, [done[key(r)] for r in requests])
+        if not done: part.unlink(missing_ok=True)  # refused or stopped before the first answer: nothing to go on from
+    if missing := sum(_key(r) not in done for r in requests):
+        raise SafeEraserError(f"{missing} of {len(requests)} questions got no answer ({problem}); the others' are kept, and the same command asks these again")
+    write_rows(out, [done[_key(r)] for r in requests])
     part.unlink()
-    return out
+
+
+def _ask(asker, part: Path, header: dict, requests: list[Request], done: dict, bar) -> str:
+    "Fill `done` and the file, batch by batch; returns why the last request that failed did."
+    more = {"decoding": asker.decoding(), "run": _run(header)}
+    for batch in asker.batches(requests):
+        new = [r for r in batch if _key(r) not in done]
+        asked = batch if new and asker.whole_batches else new
+        said = dict(zip(map(_key, asked), asker.ask(asked))) if asked else {}
+        rows = {_key(r): response_row(r, "", header["method"], header["seed"]) | said[_key(r)] | more for r in new if said[_key(r)]}
+        _check_one_model([*done.values(), *rows.values()][-len(rows) - 1:], part)
+        append(part, b"".join(map(_line, rows.values())))
+        done |= rows
+        bar.update(len(batch))
+    return getattr(asker, "problem", "")
+
+
+def _check_one_model(rows: list[dict], part: Path):
+    "Raise `SafeEraserError` where a server's replies come from several models."
+    if len(names := {r.get("answered_by") for r in rows}) > 1:
+        raise SafeEraserError(f"{part}: the server replies as {' and then as '.join(sorted(map(str, names)))}; a file holds the answers of one model, so name it by its full name, or remove this file")

@@ -41,7 +41,8 @@ def answer_of(row: dict  # `response` and, where a server gave one, `finish_reas
     if row["response"] is None: return None
     ends = [end.end() for end in _THOUGHT_END.finditer(row["response"])]
     answer = row["response"][ends[-1] if ends else 0:].strip()
-    stopped = not answer and row.get("finish_reason") in ("length", "content_filter")
+    finish = row.get("finish_reason")
+    stopped = finish == "content_filter" or not answer and finish == "length"
     return None if stopped or _THOUGHT.match(answer) else answer
 
 

@@ -205,8 +205,10 @@ def parse_objective(method: str | Objective  # a name in `METHODS`, a spelling, 
 
 # %% ../nbs/03_loss.ipynb #cell039
 def _unknown(name: str, method: str) -> SafeEraserError:
-    if name in METHODS: return SafeEraserError(f"method {method!r}: {name} is a preset, not a term; in a spelling write its terms: {METHODS[name]}")
-    near = difflib.get_close_matches(method if name == method else name, [*METHODS, *FORGET, *RETAIN, *DECOUPLE], 1)
+    near = difflib.get_close_matches(method, METHODS, 1, .8) or difflib.get_close_matches(name, [*METHODS, *FORGET, *RETAIN, *DECOUPLE], 1)
+    if name in METHODS:
+        hint = f"; did you mean {near[0]}?" if near[0] != name else ""
+        return SafeEraserError(f"method {method!r}: {name} is a preset, not a term; in a spelling write its terms: {METHODS[name]}{hint}")
     return SafeEraserError(f"method {method!r}: unknown term {name!r}{f', did you mean {near[0]}?' if near else ''} "
                            f"Presets: {', '.join(METHODS)}. Terms: forget {', '.join(FORGET)}; retain none, {', '.join(RETAIN)}; "
                            f"decouple {', '.join(DECOUPLE)}; joined by + and weighted like 0.5 ce")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SAMPLE = 6  # operations tried a verb and way, without KILLS=all
+SAMPLE = 3  # operations tried a verb and way, without KILLS=all
 VOLATILE = {"seconds", "environment", "git", "history", "train_seconds", "written"}  # of a record: what two equal runs differ in
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="the shim in front of libc wants Linux and gcc")]
