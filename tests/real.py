@@ -354,18 +354,25 @@ def write_model(name: str, folder: Path, precision: torch.dtype = torch.float32)
     return folder
 
 
+@lru_cache
+def language_model():
+    "SmolLM2, read once; its weights are copied and never written to."
+    return AutoModelForCausalLM.from_pretrained(parts(), gguf_file=SMOLLM2, dtype=torch.float32)
+
+
 def write_smollm2(frame: str, folder: Path, precision: torch.dtype = torch.float32, layers: int = 30) -> Path:
     "A folder with SmolLM2, or its first layers, as the language model of a frame."
-    lm = AutoModelForCausalLM.from_pretrained(parts(), gguf_file=SMOLLM2, dtype=torch.float32)
+    lm = language_model()
     text = {k: v for k, v in lm.config.to_dict().items() if not k.endswith("_token_id") and k != "quantization_config"} | {"num_hidden_layers": layers, "head_dim": lm.config.head_dim}
     config = write_config(frame, folder, text_config=text, tie_word_embeddings=True)
     generation = (folder / "generation_config.json").read_text()
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[FRAMES[frame].family].name + "ForConditionalGeneration")(config)
-    lm.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
-    language = model.get_submodule(anatomy(model).language)
-    odd = language.load_state_dict(lm.model.state_dict(), strict=False)
-    assert not odd.missing_keys and all(int(k.split(".")[1]) >= layers for k in odd.unexpected_keys)
+    language, state = model.get_submodule(anatomy(model).language), lm.model.state_dict()
+    known = state.pop("embed_tokens.weight")
+    with torch.no_grad(): language.embed_tokens.weight[:len(known)] = known  # the frame's own tokens come behind
+    odd = language.load_state_dict(state, strict=False)
+    assert odd.missing_keys == ["embed_tokens.weight"] and all(int(k.split(".")[1]) >= layers for k in odd.unexpected_keys)
     model.to(precision).save_pretrained(folder)
     (folder / "generation_config.json").write_text(generation)
     return folder

@@ -130,15 +130,15 @@ def test_a_real_language_model_in_a_frame(frame, tmp_path, data):
 
 
 @pytest.mark.slow
-def test_the_whole_of_smollm2_in_16_bits(tmp_path, data):
-    "A model that speaks: it knows where Paris is, and two steps do not take its speech away."
-    source = write_smollm2("smollm2 in llava", tmp_path / "model", torch.bfloat16)
+def test_the_whole_of_smollm2(tmp_path, data):
+    "A model that speaks: it knows where Paris is, and one small step does not take its speech away."
+    source = write_smollm2("smollm2 in llava", tmp_path / "model")
     file = data / "all_val.json"
     records = json.loads(file.read_text())
     records[0]["unsafe_pairs"][0]["question"] = "Whatever the picture shows: what is the capital of France?"
     own = shutil.copytree(data.parent, tmp_path / "data") / "dataset"
     (own / "all_val.json").write_text(json.dumps(records))
-    record = unlearnt(source, own, tmp_path / "run", learning_rate=1e-5)
+    record = unlearnt(source, own, tmp_path / "run", learning_rate=1e-5, max_steps=1)
     assert record["packing"]["route"]
     for name, more in {"vanilla": [], "unlearnt": ["--adapter", tmp_path / "run"]}.items():
         out = tmp_path / f"{name}.jsonl"
@@ -150,13 +150,14 @@ def test_the_whole_of_smollm2_in_16_bits(tmp_path, data):
 @pytest.mark.slow
 def test_a_16_bit_llava_before_a_terminal(tmp_path, data):
     "A process of its own, with the bars that a person sees."
-    import pty
+    import fcntl, pty, struct, termios
     source, (here, there) = write_model("llava", tmp_path / "model", torch.bfloat16), pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # without a width no bar is drawn
     argv = [sys.executable, "-m", "safeeraser", "unlearn", "--model", source, "--data", data, "--method", "kl+pd", "--out", tmp_path / "run", "--set", "max_steps=2", "--set", "per_device_train_batch_size=2"]
     done = subprocess.Popen([*map(str, argv)], stdin=there, stdout=there, stderr=there, close_fds=True)
     os.close(there)
     said = b""
     with contextlib.suppress(OSError):  # the terminal closes with the process
         while part := os.read(here, 65536): said += part
-    assert done.wait() == 0 and b"kl+pd" in said and b"100%" in said and b"Traceback" not in said
+    assert done.wait() == 0 and b"kl+pd" in said and b"2/2" in said and b"Traceback" not in said
     assert json.loads((tmp_path / "run/run.json").read_text())["packing"]["route"]
