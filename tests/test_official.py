@@ -468,7 +468,7 @@ def test_an_interrupted_run_goes_on_unless_an_image_was_replaced(tiny, pictures,
 
 def test_empty_answers_are_left_out_and_counted(tiny, pictures, monkeypatch):
     from safeeraser.generate import Asker
-    monkeypatch.setattr(Asker, "ask", lambda self, batch: ["" if r.item.question in ("what 0 ?", "what 1 ?", "what 5 ?") else "so" for r in batch])
+    monkeypatch.setattr(Asker, "ask", lambda self, batch: [{"response": "" if r.item.question in ("what 0 ?", "what 1 ?", "what 5 ?") else "so"} for r in batch])
     assert make_answers(tiny.model, many(pictures), pictures / "dataset", **ASK) == (2, 3)
     assert {(i.set, i.question) for i in load_sets(pictures / "dataset")} == {("forget", "what 2 ?"), ("retain", "what 3 ?"), ("forget", "what 4 ?")}
 

@@ -13,7 +13,7 @@ from safeeraser.world import INSTRUCTIONS, RECIPES
 
 HIDDEN = '<div title="click to show or hide" style="filter:blur(8px)'
 NASTY = ["<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "</div></details></bdi><h1>free</h1>",
-         "\u202egnp.elif\u2066", "x" * 20_000, "&lt;b&gt;", "\ud800 lone surrogate", "' onclick='alert(1)"]
+         "\u202egnp.elif\u2066", "x" * 20_000, "&lt;b&gt;", "\ufffd where half a character was", "' onclick='alert(1)"]
 
 
 @pytest.fixture(scope="module")
