@@ -495,7 +495,6 @@ def cached_folder(name: str,
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
-                for abandoned in folder.parent.glob(f".{folder.name}-*"): shutil.rmtree(abandoned)  # by a killed process: we hold the lock
                 with new_folder(folder) as tmp:
                     make(tmp)
                     _write_json(tmp/"sizes.json", {p.name: p.stat().st_size for p in tmp.iterdir()})
@@ -576,8 +575,6 @@ def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/
     trained = {n: base_model(BaseConfig(seed=seed, gold=n == "gold")) for n in ("model", "gold")[:1 + gold]}  # before anything is written
     with only_here(out):
         if _finished(out, stamp) is None: write_whole(out/"world.json", json.dumps(stamp | {"finished": False}))
-        for name in ("dataset", *trained):
-            for abandoned in out.glob(f".{name}-*"): shutil.rmtree(abandoned)  # by a killed process: we hold the lock
         if not (out/"dataset").exists(): write_dataset(World(seed), out/"dataset", sizes)
         for name in (n for n in trained if not (out/n).exists()):
             with new_folder(out/name) as tmp: shutil.copytree(trained[name], tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sizes.json"))
