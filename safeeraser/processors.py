@@ -152,6 +152,8 @@ def load_processor(source: str | Path  # a model folder, or a name on the hub
     if getattr(processor, "image_processor", None) is None:
         raise SafeEraserError(f"{source}: no processor of a vision-language model there (nothing in it reads pictures; preprocessor_config.json belongs there)")
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template  # older folders hold it in tokenizer_config.json
+    if getattr(processor, "video_token_id", None) == processor.tokenizer.unk_token_id:
+        processor.video_token_id = None  # without a token for videos, every unknown word would be taken for one
     check_image_tokens(processor, config, source)
     return processor
 
