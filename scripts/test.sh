@@ -33,6 +33,7 @@ diff <(echo "$before") <(fingerprint) ||
 echo "== notebooks"
 python scripts/run_notebooks.py
 
-# 3. What crosses modules.
+# 3. What crosses modules: a process a core, the tests of one file together since they share what they have made.
 echo "== pytest"
-if [ "${1-}" = --all ]; then python -m pytest -q tests; else python -m pytest -q -m "not slow" tests; fi
+those=(-m "not slow"); [ "${1-}" != --all ] || those=()
+python -m pytest -q -n auto --dist loadscope --durations=10 "${those[@]}" tests
