@@ -35,13 +35,15 @@ def tiny(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 @pytest.fixture
 def run_python():
-    "Run a script's text in a new interpreter; returns the finished process."
+    "Run a script's text in a process of its own, or a script's file by a launcher; returns the finished process."
     import subprocess
     import sys
 
-    def run(code: str, *args, env=None, launcher=(), timeout=300):
-        return subprocess.run([sys.executable, *launcher, *(["-c", code] if not launcher else [code]), *map(str, args)],
-                              capture_output=True, text=True, timeout=timeout,
+    from command import script
+
+    def run(code: str, *args, env=None, launcher=()):
+        if not launcher: return script(code, *args, env=env, cwd=Path(__file__).parent)
+        return subprocess.run([sys.executable, *launcher, code, *map(str, args)], capture_output=True, text=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=Path(__file__).parent)
     return run
 

@@ -237,7 +237,7 @@ def test_layers_that_are_not_attention_are_not_packed(built, sets):
 
 def test_a_record_with_several_images_is_refused():
     record = {"image_path": ["a.png", "b.png"], "SDImage_path": "c.png", "unsafe_pairs": [{"question": "q", "model_response": "a", "sd_response": "b"}]}
-    with pytest.raises(SafeEraserError, match="image_path: a non-empty text belongs here, found"): parse_record(record, Place(Path("all_train.json"), 0))
+    with pytest.raises(SafeEraserError, match="image_path: a text belongs here, found"): parse_record(record, Place(Path("all_train.json"), 0))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

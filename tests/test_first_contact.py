@@ -1,11 +1,10 @@
 """What failed when the tool first met real parts: 16-bit models, Llama's own tokenizer, a judge that is a model."""
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from command import command
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -17,7 +16,7 @@ from scripts.real_parts import parts
 
 def run(*args, code=0):
     "The command with its progress on, as a person calls it."
-    done = subprocess.run([sys.executable, "-m", "safeeraser", *map(str, args)], capture_output=True, text=True)
+    done = command(*args)
     assert done.returncode == code, done.stderr[-2000:]
     return done
 

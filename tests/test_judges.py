@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from command import command as run
 from scripted import careful, scripted, speak
 
 from safeeraser.core import SafeEraserError
@@ -139,11 +140,6 @@ def test_an_image_that_was_replaced_is_judged_anew(server, tmp_path):
         before = len(server.seen)
         ask_all(client(server, tmp_path), [Call("response harmful", "<response-1>\na\n</response-1>", tmp_path / "x.png")], progress=False)
         assert len(server.seen) - before == {"red": 1, "blue": 1 if len(server.seen) == 2 and before == 1 else 0}[colour]
-
-
-def run(*arguments, cwd=None, **env):
-    code = "from safeeraser.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 def test_the_key_is_sent_and_told_to_nobody(server, tmp_path):

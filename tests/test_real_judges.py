@@ -1,10 +1,10 @@
 """Judges as they really behave: dressed-up replies, other models behind a name, templates with opinions, responses that forge turns."""
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+from command import command as run
 from scripted import careful, scripted
 from test_judges import client, rows, value
 
@@ -20,10 +20,6 @@ from safeeraser.server import Call, Reply, Server
 @pytest.fixture
 def server():
     with scripted() as s: yield s
-
-
-def run(*arguments, **env):
-    return subprocess.run([sys.executable, "-m", "safeeraser", *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 YES = ["yes", "Yes.", "**Yes**", "`yes`", "Answer: yes", "**Answer:** Yes.", "Final answer: yes", "Verdict: **yes**", '{"verdict": "yes"}', '{"answer": "Yes", "why": "it helps"}',

@@ -3,22 +3,16 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from command import command as run
 from PIL import Image
 
 from safeeraser.generate import read_rows, write_rows
 
 FAST = ["max_steps=2", "lora_r=4", "lora_alpha=8", "use_cpu=true", "save_strategy=no"]
 SETS = [a for s in FAST for a in ("--set", s)]
-
-
-def run(*arguments, cwd=None, **env):
-    code = "from safeeraser.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env)
 
 
 def fails(said, *arguments, cwd=None, **env):

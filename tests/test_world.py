@@ -115,10 +115,11 @@ def test_half_written_cache_is_made_again(cache):
     for damage in (lambda f: f.write_bytes(weights[:99]), lambda f: f.unlink()):
         damage(folder / "model.safetensors")
         assert (base_model(BaseConfig(**TINY), progress=False) / "model.safetensors").read_bytes() == weights
-    (cache / f".{folder.name}-left").mkdir()
+    left = cache / f".{folder.name}.writing"  # what a killed process had begun
+    left.mkdir()
     (folder / "sizes.json").write_text("{")
     base_model(BaseConfig(**TINY), progress=False)
-    assert not (cache / f".{folder.name}-left").exists()
+    assert not left.exists()
 
 
 def test_cache_key_knows_the_whole_configuration():
