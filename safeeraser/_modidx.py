@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'safeeraser.core.SafeEraserError': ('core.html#safeerasererror', 'safeeraser/core.py'),
                                  'safeeraser.core._broken': ('core.html#_broken', 'safeeraser/core.py'),
                                  'safeeraser.core._field': ('core.html#_field', 'safeeraser/core.py'),
+                                 'safeeraser.core._lock_on': ('core.html#_lock_on', 'safeeraser/core.py'),
                                  'safeeraser.core.check_form': ('core.html#check_form', 'safeeraser/core.py'),
                                  'safeeraser.core.cpu_threads': ('core.html#cpu_threads', 'safeeraser/core.py'),
                                  'safeeraser.core.environment': ('core.html#environment', 'safeeraser/core.py'),

@@ -9,7 +9,7 @@ __all__ = ['SafeEraserError', 'Place', 'first_line', 'told', 'read_text', 'lines
 
 # %% ../nbs/00_core.ipynb #cell003
 import ctypes, json, os, platform, shutil, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -153,24 +153,35 @@ def write_whole(path: str | Path, text: str):
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
 
 # %% ../nbs/00_core.ipynb #cell025
+def _lock_on(file: Path):
+    "A lock on the file that bears this name, once it is ours; raises `Timeout` where it is another's."
+    from filelock import FileLock
+    while True:
+        lock = FileLock(file)
+        lock.acquire(timeout=0)
+        try:
+            if os.path.samestat(os.fstat(lock._context.lock_file_fd), os.stat(file)): return lock
+        except FileNotFoundError: pass
+        lock.release()  # whoever held it has removed the file: it guards nothing
+
+
 @contextmanager
 def only_here(path: str | Path  # what is being written; the lock lies beside it
               ):
     "`with only_here(path)`: raises `SafeEraserError` where another process is writing there."
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
     path = Path(path)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock = _lock_on(path.with_name(f".{path.name}.lock"))
     except Timeout:
         raise SafeEraserError(f"{path}: another process is writing there; wait for it or name another --out") from None
     except OSError as e:
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
     try: yield
     finally:
+        with suppress(OSError): os.unlink(lock.lock_file)  # Windows keeps a file that is open: there it stays
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cell027
 @contextmanager
