@@ -293,13 +293,13 @@ def _check_judge(judge: str, out: Path | None, view: str, given: dict):
     "Raises `SafeEraserError` where an option is missing, or would do nothing."
     from safeeraser.core import plain_file, SafeEraserError
     from safeeraser.judge import pick_judge
+    from safeeraser.judges import VIEWS
     if judge not in _ASKED: pick_judge(judge)
+    if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
     if idle := [o for o, value in given.items() if value and o not in _ASKED.get(judge, ())]: raise SafeEraserError(f"--{idle[0]} does nothing for --judge {judge}; leave it out")
     if judge in _ASKED:
-        from safeeraser.judges import VIEWS
         if not given["model"]: raise SafeEraserError(f"--judge {judge} wants --model: which model judges")
         if judge == "server" and not given["server"]: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
-        if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
     if out is None and not given["dry-run"]: raise SafeEraserError("--out is missing: the file to write")
     if out: plain_file(out)
 
@@ -574,12 +574,21 @@ def _interrupted(*_):
     sys.exit(130)
 
 # %% ../nbs/09_cli.ipynb #cell074
+def _check_given(args: list[str]):
+    "Raises `SafeEraserError` where something is given that is empty: a variable of the shell that was never set, mostly."
+    from safeeraser.core import SafeEraserError
+    for before, arg in zip(["", *args], args):
+        option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "=", arg)
+        if equals and not value.strip(): raise SafeEraserError(f"{option + ' ' if option.startswith('-') else ''}{value!r}: nothing is given; a value belongs here")
+
+
 def main():
     "The `safeeraser` command."
     _plain_streams()
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells on every start that some kernel of its own is absent
     try:
+        _check_given(sys.argv[1:])
         app()
     except (ValueError, OSError) as e:
         from safeeraser.core import SafeEraserError

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from .core import SafeEraserError, told
+from .core import SafeEraserError, time_limit, told
+from .data import ChatTemplate
 
 # %% ../nbs/21_processors.ipynb #cell008
 class NoVideos:
@@ -83,8 +84,7 @@ def _tokens_and_features(processor, config) -> tuple[int, int] | None:
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
-    inputs = processor(text=[processor.apply_chat_template([user])], images=[[Image.new("RGB", (100, 60))]], return_tensors="pt")
+    inputs = processor(text=[ChatTemplate(processor).prompt("a")], images=[[Image.new("RGB", (100, 60))]], return_tensors="pt")
     n = int((inputs.pop("input_ids") == config.image_token_id).sum())
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"): model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
@@ -154,8 +154,17 @@ def load_processor(source: str | Path  # a model folder, or a name on the hub
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template  # older folders hold it in tokenizer_config.json
     if getattr(processor, "video_token_id", None) == processor.tokenizer.unk_token_id:
         processor.video_token_id = None  # without a token for videos, every unknown word would be taken for one
+    _check_template(processor, source)
     check_image_tokens(processor, config, source)
     return processor
+
+
+def _check_template(processor, source):
+    "Raise `SafeEraserError` where the chat template cannot write a question with its answer, or never comes to an end."
+    if not processor.chat_template: return
+    with time_limit(5, "<template>", f"{source}: its chat template takes longer than 5 s for one question; mend chat_template.jinja"):
+        try: ChatTemplate(processor)
+        except SafeEraserError as e: raise SafeEraserError(f"{source}: {e}") from None
 
 # %% ../nbs/21_processors.ipynb #cell022
 _NOT_PROCESSOR = ("config.json", "generation_config.json", "safeeraser.json", "run.json", "adapter_config.json")
