@@ -473,10 +473,16 @@ def make_answers(sources: Source, out: NewData, model: Model, split: NewSplit = 
                  seed: Annotated[int, typer.Option(help="Of sampling.")] = 0):
     "Ask the vanilla model the questions of tables and write them with its answers as a data set. An interrupted run goes on."
     from safeeraser.official import make_answers as run
+    told = _told_of(out/f"all_{split}.json")
     written, empty = run(model, _tables(sources, harmless, column, False), out, split, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    print(f"wrote {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
+    print(f"{told} {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
 
 # %% ../nbs/09_cli.ipynb #cell063
+def _told_of(file: Path) -> str:
+    "How a verb that writes once speaks of a file: it is to be written, or was by the same command before."
+    return "finished already:" if file.is_file() else "wrote"
+
+
 NewModel = Annotated[Path, typer.Option(help="New folder to write.")]
 
 
@@ -485,7 +491,8 @@ def merge(run: Annotated[Path, typer.Argument(help="Run folder written by unlear
           model: Annotated[Optional[str], typer.Option(help="The vanilla model (default: the one that the run's run.json names).")] = None):
     "Fold an adapter into its model: a plain folder that from_pretrained, vLLM and lmms-eval load."
     from safeeraser.export import merge as fold
-    print(f"wrote {out}; folding changed log-probabilities by at most {fold(run, out, model):.1e} nats")
+    told = _told_of(out/"safeeraser.json")
+    print(f"{told} {out}; folding changed log-probabilities by at most {fold(run, out, model):.1e} nats")
 
 
 @app.command(name="import-checkpoint")

@@ -133,12 +133,12 @@ def _check_feature_layer(place: Place, config):
 
 def _check_quantized(place: Place, settings):
     "Raise `SafeEraserError` where weights are said to be quantized in a way that is not read here."
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
     if settings is None: return
     if not isinstance(settings, dict): raise place.error("quantization_config", f"an object belongs here, found {settings!r:.60}")
-    method = settings.get("quant_method")
-    with told(place, "quantization_config cannot be read"): known = method != "gguf" and AutoHfQuantizer.supports_quant_method(settings)
-    if not known: raise place.error("quantization_config.quant_method", f"{method!r:.60} is not read here; take the model with plain weights, or take this entry out where they are plain")
+    method = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else settings.get("quant_method")
+    known = {str(getattr(m, "value", m)).removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZATION_CONFIG_MAPPING} - {"gguf"}
+    if method not in known: raise place.error("quantization_config.quant_method", f"{method!r:.60} is not read here; take the model with plain weights, or take this entry out where they are plain")
 
 # %% ../nbs/02_model.ipynb #85bbd6e5
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

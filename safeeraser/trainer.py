@@ -475,7 +475,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
         args = make_config(out/"checkpoints", **{"bf16": net.dtype == torch.bfloat16} | told_settings)
         _check_precision(net, args)
         with out_of_memory(_memory_settings(args)):
-            trainer = UnlearnTrainer(make_trainable(net, args, objective), args, load_sets(data), refusals, processor, objective)
+            with told(model, "cannot be trained"): trainer = UnlearnTrainer(make_trainable(net, args, objective), args, load_sets(data), refusals, processor, objective)
             if not trainer.is_world_process_zero(): return _train(trainer, out, record)
             if not args.disable_tqdm: print(plan_text(trainer))
             with only_here(out): return _train(trainer, out, record)
