@@ -36,7 +36,7 @@ def _scores(model, processor) -> torch.Tensor:
     if "pixel_values" in inputs: inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return model(**inputs).logits[0, -1].float().log_softmax(-1)
 
-
+# %% ../nbs/14_export.ipynb #b2685840
 def merge(run: str | Path,           # a run folder, or any PEFT folder
           out: str | Path,           # the model folder to write
           model: str | Path | None = None,  # the vanilla model; default: the one that `run.json` names
@@ -58,7 +58,7 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
         write_whole(folder/"safeeraser.json", json.dumps(made | {"change_by_merging": change, "content": files_digest(folder)}, indent=1) + "\n")
     return change
 
-
+# %% ../nbs/14_export.ipynb #435b02e5
 def _identity(run: Path) -> dict:
     "Method and seed, for the tables that a merged model will be in."
     found = read_run(run) if (run/"run.json").is_file() else {}

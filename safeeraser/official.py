@@ -162,7 +162,7 @@ def repeated_questions(split: Split, looks: dict[str, Look]) -> int:
     asked = Counter((looks[r.image_path].digest, p.question) for r in split.records.values() if r.image_path in looks for p in (*r.unsafe, *r.harmless))
     return sum(n - 1 for n in asked.values())
 
-
+# %% ../nbs/13_official.ipynb #41e2ae98
 def two_answers(data: Path, split: Split, looks: dict[str, Look]) -> list[str]:
     "A sentence for each question about a picture that one set answers in several ways."
     answers = {}
@@ -486,7 +486,7 @@ def _answers_begun(folder: Path) -> bool:
     part = folder/"answers.jsonl.part"
     return part.exists() and part.read_bytes().count(b"\n") > 1
 
-
+# %% ../nbs/13_official.ipynb #3487c0dc
 def _deliver(records: list[Record], folder: Path, out: Path, split: str,
              made: dict | None = None):  # what the records were made from, for `_finished`
     "Move images from the workshop to the dataset folder and write the records last."

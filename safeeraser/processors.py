@@ -142,7 +142,7 @@ def _from_files(source: str | Path):
     if cls is None or image_only(cls) is cls: return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     return image_only(cls).from_pretrained(source, trust_remote_code=False)
 
-
+# %% ../nbs/21_processors.ipynb #d7a395c1
 def load_processor(source: str | Path  # a model folder, or a name on the hub
                    ):
     "The model's processor: transformers' own, or for pictures only where videos would need torchvision; raises `SafeEraserError` where there is none that fits the model."
@@ -155,10 +155,18 @@ def load_processor(source: str | Path  # a model folder, or a name on the hub
     if getattr(processor, "video_token_id", None) == processor.tokenizer.unk_token_id:
         processor.video_token_id = None  # without a token for videos, every unknown word would be taken for one
     _check_template(processor, source)
+    _check_image_token(processor, config, source)
     check_image_tokens(processor, config, source)
     return processor
 
 
+def _check_image_token(processor, config, source):
+    "Raise `SafeEraserError` where model and processor stand for an image by different tokens."
+    told_by = [getattr(part, "image_token_id", None) for part in (config, processor)]
+    if None not in told_by and len(set(told_by)) > 1:
+        raise SafeEraserError(f"{source}: config.json's image token is {told_by[0]}, the processor's {told_by[1]}; they must be the same")
+
+# %% ../nbs/21_processors.ipynb #7063f707
 def _check_template(processor, source):
     "Raise `SafeEraserError` where the chat template cannot write a question with its answer, or never comes to an end."
     if not processor.chat_template: return
