@@ -581,10 +581,18 @@ def _interrupted(*_):
     sys.exit(130)
 
 # %% ../nbs/09_cli.ipynb #cell074
+def _no_name(arg: str) -> bool:
+    "Whether a text can be no file's name, whatever bytes names are made of."
+    try: os.fsencode(arg)
+    except UnicodeEncodeError: return True
+    return False
+
+
 def _check_given(args: list[str]):
     "Raises `SafeEraserError` where something is given that is empty: a variable of the shell that was never set, mostly."
     from safeeraser.core import SafeEraserError
     for before, arg in zip(["", *args], args):
+        if _no_name(arg): raise SafeEraserError(f"{before} {arg!r:.60}: half of a surrogate pair, which is no character; take it out")
         option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "=", arg)
         if equals and not value.strip(): raise SafeEraserError(f"{option + ' ' if option.startswith('-') else ''}{value!r}: nothing is given; a value belongs here")
 
