@@ -293,13 +293,13 @@ def _check_judge(judge: str, out: Path | None, view: str, given: dict):
     "Raises `SafeEraserError` where an option is missing, or would do nothing."
     from safeeraser.core import plain_file, SafeEraserError
     from safeeraser.judge import pick_judge
+    from safeeraser.judges import VIEWS
     if judge not in _ASKED: pick_judge(judge)
+    if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
     if idle := [o for o, value in given.items() if value and o not in _ASKED.get(judge, ())]: raise SafeEraserError(f"--{idle[0]} does nothing for --judge {judge}; leave it out")
     if judge in _ASKED:
-        from safeeraser.judges import VIEWS
         if not given["model"]: raise SafeEraserError(f"--judge {judge} wants --model: which model judges")
         if judge == "server" and not given["server"]: raise SafeEraserError("--judge server wants --server: the URL of an OpenAI-compatible server")
-        if view not in VIEWS: raise SafeEraserError(f"--view {view!r}: one of {', '.join(VIEWS)}")
     if out is None and not given["dry-run"]: raise SafeEraserError("--out is missing: the file to write")
     if out: plain_file(out)
 
@@ -473,10 +473,16 @@ def make_answers(sources: Source, out: NewData, model: Model, split: NewSplit = 
                  seed: Annotated[int, typer.Option(help="Of sampling.")] = 0):
     "Ask the vanilla model the questions of tables and write them with its answers as a data set. An interrupted run goes on."
     from safeeraser.official import make_answers as run
+    told = _told_of(out/f"all_{split}.json")
     written, empty = run(model, _tables(sources, harmless, column, False), out, split, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    print(f"wrote {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
+    print(f"{told} {written} records to {out}/all_{split}.json" + (f"; {empty} questions got an empty answer and are left out" if empty else ""))
 
 # %% ../nbs/09_cli.ipynb #cell063
+def _told_of(file: Path) -> str:
+    "How a verb that writes once speaks of a file: it is to be written, or was by the same command before."
+    return "finished already:" if file.is_file() else "wrote"
+
+
 NewModel = Annotated[Path, typer.Option(help="New folder to write.")]
 
 
@@ -485,7 +491,8 @@ def merge(run: Annotated[Path, typer.Argument(help="Run folder written by unlear
           model: Annotated[Optional[str], typer.Option(help="The vanilla model (default: the one that the run's run.json names).")] = None):
     "Fold an adapter into its model: a plain folder that from_pretrained, vLLM and lmms-eval load."
     from safeeraser.export import merge as fold
-    print(f"wrote {out}; folding changed log-probabilities by at most {fold(run, out, model):.1e} nats")
+    told = _told_of(out/"safeeraser.json")
+    print(f"{told} {out}; folding changed log-probabilities by at most {fold(run, out, model):.1e} nats")
 
 
 @app.command(name="import-checkpoint")
@@ -574,12 +581,29 @@ def _interrupted(*_):
     sys.exit(130)
 
 # %% ../nbs/09_cli.ipynb #cell074
+def _no_name(arg: str) -> bool:
+    "Whether a text can be no file's name, whatever bytes names are made of."
+    try: os.fsencode(arg)
+    except UnicodeEncodeError: return True
+    return False
+
+
+def _check_given(args: list[str]):
+    "Raises `SafeEraserError` where something is given that is empty: a variable of the shell that was never set, mostly."
+    from safeeraser.core import SafeEraserError
+    for before, arg in zip(["", *args], args):
+        if _no_name(arg): raise SafeEraserError(f"{before} {arg!r:.60}: half of a surrogate pair, which is no character; take it out")
+        option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "=", arg)
+        if equals and not value.strip(): raise SafeEraserError(f"{option + ' ' if option.startswith('-') else ''}{value!r}: nothing is given; a value belongs here")
+
+
 def main():
     "The `safeeraser` command."
     _plain_streams()
     signal.signal(signal.SIGINT, _interrupted)  # typer would say only 'Aborted!'; unlearn listens for itself while it trains
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells on every start that some kernel of its own is absent
     try:
+        _check_given(sys.argv[1:])
         app()
     except (ValueError, OSError) as e:
         from safeeraser.core import SafeEraserError

@@ -8,10 +8,10 @@ __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'NonEmpty', 'PairForm', 'HarmlessForm'
            'read_json_records', 'is_json_lines', 'resolve_image', 'load_image', 'as_published', 'load_records',
            'check_partners', 'RefusalsForm', 'load_refusals', 'GenerateForm', 'SettingsForm', 'settings_of', 'Item',
            'Sets', 'build_sets', 'load_sets', 'Slot', 'deal', 'epoch_plan', 'SlotSampler', 'Row', 'SlotDataset',
-           'Writer', 'ChatTemplate', 'common_prefix', 'tokens_of', 'word_processor', 'control_tokens', 'disarmed',
-           'fit_for_rows', 'Text', 'Texts', 'process', 'PromptReader', 'image_digest', 'open_image', 'Encoder',
-           'with_answers', 'about', 'image_size', 'measure', 'image_tokens', 'rows_that_occur', 'check_rows_fit',
-           'number_items', 'count_items', 'Collator']
+           'Writer', 'ChatTemplate', 'common_prefix', 'tokens_of', 'word_processor', 'control_tokens', 'fit_for_rows',
+           'Text', 'Texts', 'process', 'PromptReader', 'image_digest', 'open_image', 'Encoder', 'with_answers', 'about',
+           'image_size', 'measure', 'image_tokens', 'rows_that_occur', 'check_rows_fit', 'number_items', 'count_items',
+           'Collator']
 
 # %% ../nbs/00_data.ipynb #cell003
 import copy, hashlib, json, os, random, re
@@ -492,12 +492,6 @@ def control_tokens(processor, *more: str) -> re.Pattern:
     marks = [v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)]  # of images, videos, ...
     found = sorted({t for t in [*special, *marks, *more] if t.strip()}, key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, found)) or "(?!)")
-
-
-def disarmed(text: str, control: re.Pattern) -> str:
-    "The text with a blank behind the first sign of each control token, so that its signs are read as signs."
-    while control.search(text): text = control.sub(lambda m: f"{m[0][0]} {m[0][1:]}" if len(m[0]) > 1 else " ", text)
-    return text
 
 # %% ../nbs/00_data.ipynb #cell071
 def _put_around(tokenizer) -> tuple[list[int], list[int]]:

@@ -14,7 +14,8 @@ import torch
 from .core import new_folder, SafeEraserError, told, write_whole
 from .data import Encoder
 from .model import add_adapter, adapter_file, load_adapter, load_model, merge_adapter, model_fingerprint
-from .runs import read_run
+from .generate import files_digest
+from .runs import read_record, read_run
 from .trainer import save_model
 
 # %% ../nbs/14_export.ipynb #cell008
@@ -35,30 +36,42 @@ def _scores(model, processor) -> torch.Tensor:
     if "pixel_values" in inputs: inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return model(**inputs).logits[0, -1].float().log_softmax(-1)
 
-
+# %% ../nbs/14_export.ipynb #b2685840
 def merge(run: str | Path,           # a run folder, or any PEFT folder
           out: str | Path,           # the model folder to write
           model: str | Path | None = None,  # the vanilla model; default: the one that `run.json` names
           device: str | None = None  # as for `load_model`
           ) -> float:
     "Write the model with its adapter folded in; returns the largest change of a log-probability that folding made (nats)."
-    run, out = Path(run), Path(out)
+    run, out, vanilla = Path(run), Path(out), model or vanilla_of(Path(run))
+    made = _identity(run) | {"adapter": run.name, "vanilla": str(vanilla), "made_from": [files_digest(run), files_digest(vanilla)]}
+    if (change := _finished(out, made)) is not None: return change
     _check_new(out)
-    identity, vanilla = _identity(run), model or vanilla_of(run)
     net, processor = load_model(vanilla, device)
     adapted = load_adapter(net, run)
     before = _scores(adapted, processor)
     plain = merge_adapter(adapted)
     change = (_scores(plain, processor) - before).abs().max().item()
     if not math.isfinite(change): raise SafeEraserError(f"{run}: folded into {vanilla}, the model says NaN; nothing is written")
-    with new_folder(out) as folder: save_model(plain, folder, vanilla, {**identity, "adapter": run.name, "vanilla": str(vanilla), "change_by_merging": change})
+    with new_folder(out) as folder:
+        save_model(plain, folder, vanilla, made)
+        write_whole(folder/"safeeraser.json", json.dumps(made | {"change_by_merging": change, "content": files_digest(folder)}, indent=1) + "\n")
     return change
 
-
+# %% ../nbs/14_export.ipynb #435b02e5
 def _identity(run: Path) -> dict:
     "Method and seed, for the tables that a merged model will be in."
     found = read_run(run) if (run/"run.json").is_file() else {}
     return {"method": found.get("method", "adapter"), "seed": found.get("seed", 0)}
+
+
+def _finished(out: Path, made: dict) -> float | None:
+    "What folding changed, where the folder holds just this merged model, whole; None where it doesn't."
+    if not (file := out/"safeeraser.json").is_file(): return None
+    try: found = read_record(file)
+    except SafeEraserError: return None
+    same = all(found.get(k) == v for k, v in made.items()) and found.get("content") == files_digest(out)
+    return found.get("change_by_merging") if same else None
 
 
 def _check_new(out: Path):

@@ -348,7 +348,7 @@ class Asker:
         h = self.header
         seeds = [_row_seed(h["sampling_seed"], r.item, r.sample) for r in batch]
         sampler = RowSampler(seeds, h["temperature"], h["top_p"]) if h["temperature"] > 0 else None
-        with out_of_memory(f"--batch-size (now {self.batch_size}), --batch-tokens or --max-new-tokens (now {h['max_new_tokens']})"):
+        with out_of_memory(f"--batch-size (now {self.batch_size}), --batch-tokens or --max-new-tokens (now {h['max_new_tokens']})"), told(h["model"], "fails at a question"):
             said = answer_batch(self.model, self.encoder, [r.item for r in batch], h["max_new_tokens"], sampler, self.engine)
         return [{"response": self._begun(r) + text} for r, text in zip(batch, said)]
 

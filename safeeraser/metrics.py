@@ -324,7 +324,9 @@ class Source:
 def _find(path: Path) -> list[Path]:
     if path.is_file(): return [path]
     if not path.is_dir(): raise SafeEraserError(f"{path}: no such file or folder")
-    found = [path/"results.json"] if (path/"results.json").is_file() else sorted(path.rglob("judged.jsonl"))
+    results, judged = path/"results.json", sorted(path.rglob("judged.jsonl"))
+    whole = (path/"responses.jsonl").is_file() and not (path/"judged.jsonl").is_file()  # as `demo` leaves it
+    found = [results] if results.is_file() and (whole or not judged) else judged
     if not found: raise SafeEraserError(f"{path}: holds neither results.json nor judged.jsonl")
     return found
 

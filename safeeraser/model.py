@@ -9,7 +9,7 @@ __all__ = ['pick_device', 'quiet_bars', 'load_model', 'not_finite', 'four_bit_se
            'merge_adapter']
 
 # %% ../nbs/02_model.ipynb #cell003
-import copy, hashlib, importlib.util, logging, os, re, warnings
+import copy, hashlib, importlib.util, logging, math, os, re, warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import Place, read_json, SafeEraserError, told
-from .processors import load_processor
+from .processors import load_processor, same_image_token
 from .runs import read_run
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells at every start that some kernel of its own is absent
@@ -57,7 +57,8 @@ def load_model(source: str | Path,           # a model folder, or a name on the 
     with told(source, "cannot be loaded as a vision-language model with its processor"):
         if folder.exists(): _check_size(folder)
         model, processor = _weights(source, dtype, four_bit_settings(source, device) if four_bit else {}), load_processor(source)
-    _check_image_token(model, processor, source)
+    same_image_token(processor, model.config, source)
+    _check_token_ids(model, source)
     for layer in model.modules():  # bitsandbytes' CPU kernel repacks weights in place, in a form that cannot be trained on
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
     if dtype == "auto" and model.dtype == torch.float16 and not four_bit: model = model.to(torch.bfloat16)
@@ -94,15 +95,16 @@ def _check_size(folder: Path):
     "Raise `SafeEraserError` where settings are no objects, or describe more than the weights beside them can be, before memory is taken."
     from transformers import AutoConfig, AutoModelForImageTextToText
     file, settings = folder/"config.json", {n: read_json(folder/n, TypeAdapter(dict[str, object])) for n in _SETTINGS if (folder/n).is_file()}
-    for name, value in _numbers_in(settings["config.json"]):
-        if name.endswith(("layers", "depth")) and value > _MOST_LAYERS: raise Place(file).error(name, f"at most {_MOST_LAYERS}, found {value}")
-    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False)
+    for name, value in _numbers_in(settings["config.json"]): _check_number(Place(file), name, value)
+    _check_quantized(Place(file), settings["config.json"].get("quantization_config"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _check_feature_layer(Place(file), config)
+    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     described = sum(p.numel() for p in model.parameters())
     files = [f for ending in ("safetensors", "bin") for f in folder.glob(f"*.{ending}")]
     stored = sum(f.stat().st_size for f in files)
     if files and described > 4 * stored:  # even in 2 bits each weight takes more
         raise Place(file).error("", f"describes a model of {described:.3g} weights, but the files beside it hold {stored:,} bytes")
-
 
 def _numbers_in(config: dict, path: str = ""):
     "Names and values of all numbers in a configuration, nested ones too."
@@ -110,18 +112,50 @@ def _numbers_in(config: dict, path: str = ""):
         if isinstance(value, dict): yield from _numbers_in(value, f"{path}{name}.")
         elif isinstance(value, (int, float)): yield path + name, value
 
+# %% ../nbs/02_model.ipynb #592b20a4
+_MOST = {("layers", "depth"): _MOST_LAYERS, ("max_position_embeddings", "image_seq_length"): 10**8}
+_SIZES = ("hidden_size", "intermediate_size", "num_channels", "in_channels", "patch_size", "image_size", "num_attention_heads", "max_position_embeddings", "image_seq_length")
+
+
+def _check_number(place: Place, name: str, value: int | float):
+    "Raise `SafeEraserError` where a number of a configuration is not finite, or cannot be what its name says."
+    if not math.isfinite(value): raise place.error(name, f"a finite number belongs here, found {value}")
+    if name.endswith(_SIZES) and value < 1: raise place.error(name, f"at least 1 belongs here, found {value}")
+    if most := next((m for names, m in _MOST.items() if name.endswith(names) and value > m), None): raise place.error(name, f"at most {most}, found {value}")
+
+# %% ../nbs/02_model.ipynb #1fa65f9c
+def _check_feature_layer(place: Place, config):
+    "Raise `SafeEraserError` where the layer whose output is an image's features is none of the tower's."
+    chosen, layers = getattr(config, "vision_feature_layer", None), getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    odd = [n for n in (chosen if isinstance(chosen, list) else [chosen]) if layers and isinstance(n, int) and not -layers - 1 <= n <= layers]
+    if odd: raise place.error("vision_feature_layer", f"a layer from {-layers - 1} to {layers} belongs here, found {odd[0]}")
+
+
+def _check_quantized(place: Place, settings):
+    "Raise `SafeEraserError` where weights are said to be quantized in a way that is not read here."
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    if settings is None: return
+    if not isinstance(settings, dict): raise place.error("quantization_config", f"an object belongs here, found {settings!r:.60}")
+    method = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else settings.get("quant_method")
+    known = {str(getattr(m, "value", m)).removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZATION_CONFIG_MAPPING} - {"gguf"}
+    if method not in known: raise place.error("quantization_config.quant_method", f"{method!r:.60} is not read here; take the model with plain weights, or take this entry out where they are plain")
+
 # %% ../nbs/02_model.ipynb #85bbd6e5
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     "Name of the first tensor that holds NaN or infinity; None where all numbers are finite."
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return next((n for n, t in tensors if t.dtype in kinds and t.numel() and not torch.stack(t.detach().aminmax()).isfinite().all()), None)
 
-
-def _check_image_token(model, processor, source: str | Path):
-    "Raise `SafeEraserError` where model and processor stand for an image by different tokens."
-    told_by = [getattr(part, "image_token_id", None) for part in (model.config, processor)]
-    if None not in told_by and len(set(told_by)) > 1:
-        raise SafeEraserError(f"{source}: config.json's image token is {told_by[0]}, the processor's {told_by[1]}; they must be the same")
+# %% ../nbs/02_model.ipynb #4889e62a
+def _check_token_ids(model, source: str | Path):
+    "Raise `SafeEraserError` where a token that the model's own settings name is none of its vocabulary."
+    size = model.config.get_text_config().vocab_size
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name)
+        several = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
+        least = -1 if name == "pad_token_id" else 0  # older folders say -1 for none
+        if any(v is not None and (type(v) is not int or not least <= v < size) for v in several):
+            raise SafeEraserError(f"{source}/generation_config.json, {name}: a token from 0 to {size - 1} belongs here, found {value!r:.60}")
 
 # %% ../nbs/02_model.ipynb #cell009
 def four_bit_settings(source: str | Path, device: torch.device) -> dict:

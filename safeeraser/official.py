@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'COLUMNS', 'UNANSWERED', 'REFUSALS', 'Look', 'look_at', 'Split', 'read_split', 'splits_of', 'image_paths',
-           'look_at_all', 'quirks', 'same_pictures', 'overlap', 'both_ways', 'repeated_questions', 'too_long',
-           'odd_refusals', 'encoder_for', 'check_dataset', 'check_text', 'check_sentence', 'Asked', 'asked_of',
-           'read_table', 'gather', 'convert', 'make_answers']
+           'look_at_all', 'quirks', 'same_pictures', 'overlap', 'both_ways', 'repeated_questions', 'two_answers',
+           'too_long', 'odd_refusals', 'encoder_for', 'check_dataset', 'check_text', 'check_sentence', 'Asked',
+           'asked_of', 'read_table', 'gather', 'convert', 'make_answers', 'MadeForm']
 
 # %% ../nbs/13_official.ipynb #cell003
 import csv, hashlib, io, json, os, re, shutil, threading, warnings
@@ -19,8 +19,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
-from .core import only_here, parse_json, Place, progress_bar, read_text, SafeEraserError, told, write_whole
+from .core import only_here, parse_json, Place, progress_bar, read_json, read_text, SafeEraserError, told, well_formed, write_whole
 from .data import as_published, build_sets, CATEGORIES, check_partners, Encoder, HARMLESS_KEYS, HarmlessPair, image_tokens, is_json_lines, load_image, load_records, load_refusals, parse_record, read_json_records, Record, resolve_image, to_json, UnsafePair
 from .processors import load_processor
 
@@ -160,6 +162,15 @@ def repeated_questions(split: Split, looks: dict[str, Look]) -> int:
     asked = Counter((looks[r.image_path].digest, p.question) for r in split.records.values() if r.image_path in looks for p in (*r.unsafe, *r.harmless))
     return sum(n - 1 for n in asked.values())
 
+# %% ../nbs/13_official.ipynb #41e2ae98
+def two_answers(data: Path, split: Split, looks: dict[str, Look]) -> list[str]:
+    "A sentence for each question about a picture that one set answers in several ways."
+    answers = {}
+    for i in build_sets(list(split.records.values()), data, split.name):
+        if i.image_id in looks: answers.setdefault((i.set, looks[i.image_id].digest or i.image_id, i.question), {}).setdefault(i.answer, i.image_id)
+    return [f"{name} of {split.name}, {min(said.values())}: {question!r:.60} has {len(said)} answers, {' and '.join(f'{a!r:.40}' for a in [*said][:2])}"
+            for (name, _, question), said in answers.items() if len(said) > 1]
+
 # %% ../nbs/13_official.ipynb #cell026
 def _rows_of(record: Record) -> Iterator[tuple[str, str, str, str]]:
     "Field, image, question and answer of each row of training."
@@ -224,7 +235,7 @@ def check_dataset(data: str | Path,                # the folder that holds `all_
     return {"schema_version": 1, "data": str(data), "splits": {s.name: _counts(data, s) for s in splits}, "images": len(looks), "refusals": (data/"prompt.json").exists(), "problems": problems,
             "quirks": quirks(data, splits, looks), "same_pictures": same_pictures(looks), "both_ways": both_ways(splits, looks),
             "overlap_with_train": {s.name: overlap(splits[0], s, looks) for s in splits[1:]},
-            "repeated_questions": {s.name: repeated_questions(s, looks) for s in splits}, "too_long": long, "usable": not problems and not long}
+            "repeated_questions": {s.name: repeated_questions(s, looks) for s in splits}, "two_answers": [line for s in splits for line in two_answers(data, s, looks)], "too_long": long, "usable": not problems and not long}
 
 
 def _complaints(data: Path, splits: list[Split]) -> list[str]:
@@ -256,6 +267,7 @@ def check_text(report: dict) -> str:
     lines += _listed("problems", report["problems"]) + _listed("rows that the model cannot take", report["too_long"] or [])
     for name, pairs in report["overlap_with_train"].items(): lines += _listed(f"pictures of {name} that are in train too", same(pairs))
     lines += _listed("pictures that are harmful in one record and safe in another", same(report["both_ways"]))
+    lines += _listed("questions with several answers about one picture", report["two_answers"])
     lines += _listed("pictures under several paths", same(report["same_pictures"])) + _listed("good to know", report["quirks"])
     lines += [f"\n{n} questions of {name} are asked again about the same picture" for name, n in report["repeated_questions"].items() if n]
     return "\n".join([*lines, "", check_sentence(report)])
@@ -453,7 +465,6 @@ def _workshop(out: Path, split: str):
     "`with _workshop(...) as folder`: a folder to work in; it stays only where something failed and answers in it are worth keeping."
     if not re.fullmatch(r"\w[\w.-]*", split): raise SafeEraserError(f"--split {split!r:.60}: letters, digits, '-' and '_' belong here, for it becomes part of a file's name")
     if out.exists() and not out.is_dir(): raise SafeEraserError(f"{out}: is a file; --out is a folder")
-    if (out/f"all_{split}.json").exists(): raise SafeEraserError(f"{out}/all_{split}.json is there already; name another --out or --split")
     folder = out.with_name(f".{out.name}.{split}.writing")
     with only_here(folder):
         try:
@@ -465,13 +476,19 @@ def _workshop(out: Path, split: str):
         shutil.rmtree(folder)
 
 
+def _check_new(out: Path, split: str):
+    "Raise `SafeEraserError` where the split is there."
+    if (out/f"all_{split}.json").exists(): raise SafeEraserError(f"{out}/all_{split}.json is there already; name another --out or --split")
+
+
 def _answers_begun(folder: Path) -> bool:
     "Whether an unfinished file of answers has more than its first line, which says what is asked."
     part = folder/"answers.jsonl.part"
     return part.exists() and part.read_bytes().count(b"\n") > 1
 
-
-def _deliver(records: list[Record], folder: Path, out: Path, split: str):
+# %% ../nbs/13_official.ipynb #3487c0dc
+def _deliver(records: list[Record], folder: Path, out: Path, split: str,
+             made: dict | None = None):  # what the records were made from, for `_finished`
     "Move images from the workshop to the dataset folder and write the records last."
     if not records: raise SafeEraserError("the table holds no question")
     moved = lambda path: path and out.name + path.removeprefix(folder.name)
@@ -481,7 +498,16 @@ def _deliver(records: list[Record], folder: Path, out: Path, split: str):
         os.replace(folder.parent/path, target)
     if not (out/"prompt.json").exists(): write_whole(out/"prompt.json", json.dumps({"idk": REFUSALS}, indent=1) + "\n")
     records = [replace(r, image_path=moved(r.image_path), safe_image_path=moved(r.safe_image_path)) for r in records]
-    write_whole(out/f"all_{split}.json", json.dumps([to_json(r) for r in records], indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps([to_json(r) for r in records], indent=1, ensure_ascii=False) + "\n"
+    if made: write_whole(out/f"made_{split}.json", json.dumps(made | {"content": _content(well_formed(text), records, out)}, indent=1) + "\n")
+    write_whole(out/f"all_{split}.json", text)
+
+
+def _content(text: str, records: list[Record], out: Path) -> str:
+    "A digest of a split: its file's text, and its images."
+    seen = hashlib.blake2b(text.encode(), digest_size=16)
+    for path in sorted({p for r in records for p in (r.image_path, r.safe_image_path) if p}): seen.update((out.parent/path).read_bytes())
+    return seen.hexdigest()
 
 # %% ../nbs/13_official.ipynb #cell051
 def convert(rows: Iterable[Asked],      # see `read_table`
@@ -489,6 +515,7 @@ def convert(rows: Iterable[Asked],      # see `read_table`
             split: str = "train") -> int:
     "Write questions as a dataset folder; returns the number of records. Nothing is written where a row is wrong; other splits stay as they are."
     out = Path(os.path.abspath(out))
+    _check_new(out, split)
     with _workshop(out, split) as folder:
         records = gather(rows, folder, split)
         _deliver(records, folder, out, split)
@@ -505,11 +532,16 @@ def make_answers(model: str | Path,         # the vanilla model: a folder, or a 
     from safeeraser.generate import generate, read_rows
     out = Path(os.path.abspath(out))
     with _workshop(out, split) as folder:
-        write_whole(folder/"all_draft.json", json.dumps([to_json(_unanswered(r)) for r in gather(rows, folder, split)]))
+        draft = json.dumps([to_json(_unanswered(r)) for r in gather(rows, folder, split)])
+        made = _made_from(model, draft, settings)
+        if found := _finished(out, split, made): return found
+        _check_new(out, split)
+        write_whole(folder/"all_draft.json", draft)
         answers = {(r["set"], r["image_id"], r["question"]): r["response"] for r in read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], **settings))}
         records = [_answered(r, answers) for r in load_records(folder, "draft")]
-        _deliver([r for r in records if r.unsafe or r.harmless], folder, out, split)
-    return sum(bool(r.unsafe or r.harmless) for r in records), sum(not a for a in answers.values())
+        kept, empty = [r for r in records if r.unsafe or r.harmless], sum(not a for a in answers.values())
+        _deliver(kept, folder, out, split, made | {"records": len(kept), "empty": empty})
+    return len(kept), empty
 
 
 def _unanswered(record: Record) -> Record:
@@ -523,3 +555,27 @@ def _answered(record: Record, answers: dict) -> Record:
     unsafe = [replace(p, model_response=of("forget", record.image_path, p), sd_response=p.sd_response and of("decouple", record.safe_image_path, p)) for p in record.unsafe]
     harmless = [replace(p, prediction=of("retain", record.image_path, p)) for p in record.harmless]
     return replace(record, unsafe=tuple(p for p in unsafe if p.model_response and p.sd_response != ""), harmless=tuple(p for p in harmless if p.prediction))
+
+# %% ../nbs/13_official.ipynb #49c76c3c
+class MadeForm(TypedDict):
+    "`made_SPLIT.json`."
+    made_from: dict[str, object]
+    records: int
+    empty: int
+    content: str
+
+
+def _made_from(model: str | Path, draft: str, settings: dict) -> dict:
+    "What answers depend on; images are named by their content in the draft."
+    from safeeraser.generate import files_digest
+    told_settings = {k: v for k, v in settings.items() if k not in ("device", "progress", "batch_size")}
+    return {"made_from": {"questions": hashlib.blake2b(draft.encode(), digest_size=16).hexdigest(), "model": str(model), "files": files_digest(model), "settings": told_settings}}
+
+
+def _finished(out: Path, split: str, made: dict) -> tuple[int, int] | None:
+    "Numbers of records and of empty answers, where the split is there, whole, and made from just these; else None."
+    if not (file := out/f"made_{split}.json").is_file() or not (out/f"all_{split}.json").is_file(): return None
+    try: found, records, text = read_json(file, TypeAdapter(MadeForm)), load_records(out, split), read_text(out/f"all_{split}.json")
+    except SafeEraserError: return None
+    same = found["made_from"] == made["made_from"] and found["content"] == _content(text, records, out)
+    return (found["records"], found["empty"]) if same else None

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import check_form, Place, read_json, read_text, SafeEraserError, write_whole
+from .data import NonEmpty
 
 # %% ../nbs/18_runs.ipynb #cell006
 _PAPER = {"lora_r": 32, "lora_alpha": 256, "lora_dropout": .05, "learning_rate": 1e-4, "weight_decay": .01, "lr_scheduler_type": "cosine", "warmup_steps": .06,
@@ -39,11 +40,11 @@ def preset(name: str, world_size: int = 1) -> dict:
 class Config(TypedDict, total=False):
     "What a configuration file may hold."
     __pydantic_config__ = ConfigDict(extra="allow")  # `read_config` says which name was meant
-    preset: str
-    model: str
-    data: str
-    method: str
-    out: str
+    preset: NonEmpty
+    model: NonEmpty
+    data: NonEmpty
+    method: NonEmpty
+    out: NonEmpty
     seed: int
     settings: dict[str, object]
 
@@ -104,11 +105,11 @@ class RunRecord(TypedDict, total=False):
     "What `run.json` holds, all of it once a run is finished; `safeeraser.json` beside a whole model holds `method` and `seed`."
     __pydantic_config__ = ConfigDict(extra="allow")
     schema_version: int
-    method: str
+    method: NonEmpty
     objective: dict[str, float]         # weight of each term
-    model: str
+    model: NonEmpty
     model_fingerprint: str | None       # see `safeeraser.model`
-    data: str
+    data: NonEmpty
     data_digest: str
     settings: dict[str, object]         # as given, the data set's recommendations included
     seed: int

@@ -198,6 +198,7 @@ class Server:
     def __post_init__(self):
         check_url(self.url)
         self.client, self.limit, self.system_inside = self._client(self.timeout), "max_tokens", False  # how this server wants to be asked
+        self.there, self.deaf_since = False, None  # whether it has ever replied, else when nobody listened first
 
     def _client(self, seconds: float):
         try: import httpx, openai
@@ -243,15 +244,26 @@ class Server:
         else: return False
         return True
 
+    def _nobody(self, e: Exception) -> tuple[Reply, float | None]:
+        "What comes of a connection that is refused; tried again for long only where a server has been there."
+        self.deaf_since = self.deaf_since or time.monotonic()
+        worth = self.there or time.monotonic() - self.deaf_since < 2
+        return Reply(None, f"nobody listens there ({first_line(e)})", ended=False), 0 if worth else None
+
     def _once(self, call: Call) -> tuple[Reply, float | None]:
-        import openai
+        import httpx, openai
         more = {} if call.seed is None else {"seed": call.seed}
         try:
             found = self.client.chat.completions.with_raw_response.create(model=self.model, messages=call.messages(), temperature=call.temperature, top_p=call.top_p,
                                                                           **{self.limit: call.max_tokens}, **more)
+            self.there = True
             return read_reply(found.text, found.headers)
-        except openai.APIStatusError as e: return _refused(e.status_code, _json(e.response.text), e.response.text, e.response.headers)
-        except openai.APIConnectionError as e: return Reply(None, f"no reply ({type(e.__cause__ or e).__name__})", ended=False), 0  # timeouts too
+        except openai.APIStatusError as e:
+            self.there = True
+            return _refused(e.status_code, _json(e.response.text), e.response.text, e.response.headers)
+        except openai.APIConnectionError as e:
+            if isinstance(e.__cause__, httpx.ConnectError): return self._nobody(e.__cause__)
+            return Reply(None, f"no reply ({type(e.__cause__ or e).__name__})", ended=False), 0  # timeouts too
         except SafeEraserError as e: return Reply(None, str(e), ended=False), None  # an image that cannot be read
         except Exception as e: return Reply(None, f"the reply is no chat completion ({type(e).__name__})", ended=False), None
 

@@ -102,7 +102,7 @@ REFUSED = {
 
 # %% ../nbs/24_settings.ipynb #de432d0a
 _COUNT = Annotated[int, Field(ge=1, le=2**20)]
-_FROM_0, _ABOVE_0 = Annotated[float, Field(ge=0, allow_inf_nan=False)], Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_FROM_0, _ABOVE_0 = Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)], Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
 _SHARE = Annotated[float, Field(ge=0, lt=1)]
 _RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "lora_alpha", "pack_row_tokens", "ddp_timeout"), _COUNT),

@@ -467,7 +467,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
     told_settings = {"method": method, "disable_tqdm": not progress} | settings
     _check_stop(make_config(out/"checkpoints", **told_settings), objective)
     record = {"schema_version": 1, "method": method, "objective": objective.weights, "model": str(model), "data": str(data), "settings": settings}
-    before, refusals = _earlier_run(out, record), load_refusals(data, "refusal" in objective.kinds)
+    before, sets, refusals = _earlier_run(out, record), load_sets(data), load_refusals(data, "refusal" in objective.kinds)
     with cpu_threads(settings.get("threads", UnlearnConfig.threads)):
         net, processor = load_model(model, "cpu" if settings.get("use_cpu") else None, four_bit=settings.get("tuning") == "qlora")
         record |= {"model_fingerprint": model_fingerprint(net), "refusals_digest": _digest(refusals)}
@@ -475,7 +475,7 @@ def unlearn(model: str | Path,           # the vanilla model: a folder, or a nam
         args = make_config(out/"checkpoints", **{"bf16": net.dtype == torch.bfloat16} | told_settings)
         _check_precision(net, args)
         with out_of_memory(_memory_settings(args)):
-            trainer = UnlearnTrainer(make_trainable(net, args, objective), args, load_sets(data), refusals, processor, objective)
+            with told(model, "cannot be trained"): trainer = UnlearnTrainer(make_trainable(net, args, objective), args, sets, refusals, processor, objective)
             if not trainer.is_world_process_zero(): return _train(trainer, out, record)
             if not args.disable_tqdm: print(plan_text(trainer))
             with only_here(out): return _train(trainer, out, record)

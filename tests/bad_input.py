@@ -20,8 +20,6 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from safeeraser.core import progress_bar
-
 LIMIT = 20  # seconds a command may take
 MISSING = object()
 VALUES = {"missing": MISSING, "null": None, "a number": 5, "a text": "x", "a list": [], "an object": {}, "nothing": "", "huge": 10**30, "not a number": float("nan"), "below zero": -1,
@@ -257,7 +255,9 @@ def cases(base: Path) -> Iterator[Case]:
 # Accepted rightly: what a command does not read, may be left out, or is overruled by an option.
 FINE = [r"UnharmPair_\w+: (missing|nothing|null)", r"all_\w+.json, 0(\.unsafe_pairs\.0)?: missing", r"settings.json, [\w.]+: missing", r"settings.json, unlearn.po.lora_r", r"settings.json, unlearn.default",
         r"run.json, (seconds|history|packing|environment|steps|model|data|settings)", r"results.json, rows.0.\w+: (missing|null)", r"specificity.json, (model|by)", r"responses.jsonl, line 1, (category|image_digest|reference)",
-        r"generation_config.json, (_from_model_config|transformers_version|output_\w+|use_cache)", r"line 1: (empty|cut off after)", r"tokenizer_config.json, tokenizer_class", r"config.yaml, seed: (missing|null)"]
+        r"generation_config.json, (_from_model_config|transformers_version|output_\w+|use_cache)", r"line 1: (empty|cut off after)", r"tokenizer_config.json, tokenizer_class", r"config.yaml, (seed: (missing|null)|settings\.\w+: missing)",
+        r"responses.jsonl, line 1, (decoding|run)", r"responses.jsonl, line 1, response: null", r"generation_config.json: an object", r"--temperature '1.5'",
+        r"(max_length|stop_forget_ce|group_images|deepspeed|fsdp|seed|disable_tqdm|data_seed)=null"]
 
 
 # ---- What was found ------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def tried(base: Path, scratch: Path, only: str = "", every: int = 1) -> list[tup
     for late in ("compare", "export", "judges", "official", "plot", "trainer", "world", "sweep", "calibrate", "specificity", "engine", "runs"): __import__(f"safeeraser.{late}")
     __import__("peft")
     chosen = [c for c in cases(base) if only in c.verb][::every]
-    return [(c, verdict(c, attempt(c, base, scratch))) for c in progress_bar(chosen, desc="bad inputs")]
+    return [(c, verdict(c, attempt(c, base, scratch))) for c in chosen]  # no bar: a command's own would be drawn below it
 
 
 def told_text(found: list[tuple[Case, str]]) -> str:

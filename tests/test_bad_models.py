@@ -38,13 +38,42 @@ def one_sentence(said, call):
     ({"text_config__hidden_size": 10**12}, "overflowed"), ({"text_config__vocab_size": 10**15}, "describes a model of 6.4e[+]16"), ({"text_config__intermediate_size": 10**9}, "describes a model"),
     ({"text_config__num_hidden_layers": 10**9}, "text_config.num_hidden_layers: at most 1000"), ({"vision_config__num_hidden_layers": 10**9}, "at most 1000"),
     ({"text_config__num_hidden_layers": 3}, r"they lack model.language_model.layers.2"), ({"text_config__num_hidden_layers": 1}, "which config.json does not, model.language_model.layers.1"),
-    ({"text_config__hidden_size": 48}, "lm_head.weight is .* in the file and"), ({"text_config__hidden_size": "x"}, "expected int, got str"), ({"text_config__num_attention_heads": 0}, "cannot be loaded"),
+    ({"text_config__hidden_size": 48}, "lm_head.weight is .* in the file and"), ({"text_config__hidden_size": "x"}, "expected int, got str"), ({"text_config__num_attention_heads": 0}, "num_attention_heads: at least 1"),
     ({"text_config": None}, "describes a model of"), ({"image_token_index": 10**9}, "image token is 1000000000, the processor's 4"), ({"model_type": "x"}, "cannot be loaded")], ids=str)
 def test_a_configuration_that_is_not_the_weights(change, said, model):
     edited(model / "config.json", **change)
     begin = time.time()
     one_sentence(said, lambda: load_model(model, "cpu"))
     assert time.time() - begin < 20
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"vision_config__image_size": float("inf")}, "vision_config.image_size: a finite number"), ({"vision_config__layer_norm_eps": float("nan")}, "layer_norm_eps: a finite number"),
+    ({"vision_config__patch_size": 0}, "vision_config.patch_size: at least 1"), ({"vision_config__num_channels": -3}, "num_channels: at least 1"), ({"vision_config__image_size": 10**9}, "describes a model"),
+    ({"text_config__max_position_embeddings": 10**30}, "max_position_embeddings: at most 100000000"), ({"vision_feature_layer": 10**9}, "a layer from -3 to 2 belongs here"),
+    ({"quantization_config": {"quant_method": "gguf"}}, "quantization_config.quant_method: 'gguf' is not read here"), ({"quantization_config": {"quant_method": "x"}}, "'x' is not read here"),
+    ({"quantization_config": 5}, "quantization_config: an object belongs here"), ({"quantization_config": {}}, "None is not read here")], ids=str)
+def test_single_numbers_of_a_configuration(change, said, model):
+    edited(model / "config.json", **change)
+    one_sentence(said, lambda: load_model(model, "cpu"))
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [10**30, 10**6, 1.5, True, -2, float("inf"), "x", {}], ids=str)
+def test_tokens_that_there_are_not(name, value, model):
+    edited(model / "generation_config.json", **{name: value})
+    one_sentence(f"{name}|cannot be loaded", lambda: load_model(model, "cpu"))
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat template: cannot write .* unsafe"), ("{% for i in range(10**12) %}x{% endfor %}", "Range too big"), ("{% if x %}", "chat template"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "its chat template takes longer than 5 s"), ("{{ raise_exception('no') }}", "chat template: cannot write .*no")])
+def test_templates_that_break(template, said, model, tmp_path):
+    from safeeraser.official import encoder_for
+    (model / "chat_template.jinja").write_text(template)
+    begin = time.time()
+    for call in (lambda: load_model(model, "cpu"), lambda: encoder_for(model)): one_sentence(said, call)
+    assert time.time() - begin < 30
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, "first 50", "first half"], ids=str)

@@ -74,3 +74,19 @@ def test_unwritable_out_leaves_nothing(tiny, tmp_path):
     done = call("generate", "--model", tiny.model, "--data", tiny.data, "--out", tmp_path / "file" / "r.jsonl")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("args, option", [(["unlearn", "--model", "m", "--data", "d", "--method", "po", "--preset", ""], "--preset"), (["merge", "run", "--out", "new", "--model="], "--model"),
+                                          (["merge", "", "--out", "new"], "''"), (["generate", "--model", "m", "--data", "d", "--out", "o", "--server", " "], "--server"),
+                                          (["report", "run", "--csv", ""], "--csv")])
+def test_nothing_given_is_told(args, option, tmp_path):
+    "A variable of the shell that was never set must not stand for a default."
+    done = call(*args, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"safeeraser: {option}") and "nothing is given" in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_view_that_there_is_not(tmp_path):
+    (tmp_path / "r.jsonl").write_text("{}\n")
+    done = call("judge", "r.jsonl", "--judge", "rule", "--view", "nonsense", "--out", "j.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "--view 'nonsense': one of " in done.stderr

@@ -171,6 +171,26 @@ def test_a_card_that_cannot_be_written_is_no_error(tmp_path):
     assert "the card is left as it is" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_results_of_an_earlier_report_hide_no_run(tmp_path):
+    write(tmp_path / "a", sarr(1, method="ga"))
+    told(tmp_path, "--out", tmp_path / "results.json")
+    write(tmp_path / "b", sarr(2))
+    assert lines(report(tmp_path)) == {("ga", 1): .1, ("po", 1): .2}
+    one = write(tmp_path / "b", sarr(2))
+    (one / "responses.jsonl").write_text((one / "judged.jsonl").read_text())
+    told(one, "--out", one / "results.json")
+    write(one, sarr(3))
+    assert lines(report(one)) == {("po", 1): .3}
+    assert lines(report(one / "results.json")) == {("po", 1): .2}  # by its name it counts
+
+
+def test_the_demo_s_results_stand_for_its_runs(tmp_path):
+    write(tmp_path / "seed1" / "po", sarr(2))
+    told(tmp_path / "seed1" / "po", "--out", tmp_path / "results.json")
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sarr(2)))
+    assert [s.file.name for s in load_sources(tmp_path)] == ["results.json"] and len(load_sources(tmp_path)[0].rows) == 10
+
+
 def test_one_report_at_a_time_and_nothing_that_is_read_is_written(tmp_path):
     folder = write(tmp_path / "a", sarr(1))
     with only_here(folder / "report.html"), pytest.raises(SafeEraserError, match="another process is writing there"): told(folder)

@@ -441,6 +441,32 @@ def test_answers_of_the_vanilla_model(form, tiny, pictures):
     assert not list(pictures.glob(".*"))
 
 
+def test_the_same_answers_again(tiny, pictures, monkeypatch):
+    "Finished is finished, as long as nothing it was made from, and nothing it made, has changed."
+    out = pictures / "dataset"
+    again = lambda **more: make_answers(tiny.model, many(pictures), out, **ASK | more)
+    first, files = again(), {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr("safeeraser.generate.generate", None)  # nothing is asked again
+    assert again() == first and {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
+    for call in (lambda: again(max_new_tokens=3), lambda: make_answers(tiny.model, many(pictures, 5), out, **ASK), lambda: convert(many(pictures), out)):
+        with pytest.raises(SafeEraserError, match="is there already"): call()
+    image = next(out.rglob("*.png"))
+    image.write_bytes(image.read_bytes() + b"x")
+    with pytest.raises(SafeEraserError, match="is there already"): again()
+    assert not list(pictures.glob(".*"))
+
+
+def test_two_answers_to_one_question(tiny, pictures):
+    "About one picture in one set; elsewhere they are no contradiction."
+    ask = lambda n, answer, kind="harmless": Asked(pictures / f"{n}.png", "what ?", answer, kind)
+    convert([ask(1, "a cup"), ask(1, "a hat"), ask(2, "a cup"), ask(1, "a sign", "unsafe")], pictures / "dataset")
+    found = check_dataset(pictures / "dataset", progress=False)
+    assert len(found["two_answers"]) == 1 and found["usable"]
+    assert re.fullmatch(r"retain of train, dataset/img/other/.*: 'what \?' has 2 answers, 'a cup' and 'a hat'", found["two_answers"][0])
+    done = run("data", "check", pictures / "dataset")
+    assert done.code == 0
+
+
 def many(pictures, n=6): return [Asked(pictures / f"{1 + k % 2}.png", f"what {k} ?", kind="harmless" if k % 3 == 0 else "unsafe") for k in range(n)]
 
 

@@ -125,7 +125,9 @@ def test_merge_and_import(runs, tiny, tmp_path):
     assert asked(tmp_path / "merged").returncode == 0 and asked(tiny.model, "--adapter", runs / "po+pd").returncode == 0
     said = lambda n: [(r["question"], r["response"]) for r in read_rows(tmp_path / f"{n}.jsonl")]
     assert said(0) == said(2)
-    fails("is there already", "merge", runs / "po+pd", "--out", tmp_path / "merged")
+    again = run("merge", runs / "po+pd", "--out", tmp_path / "merged")
+    assert again.returncode == 0 and again.stdout.startswith("finished already: ") and again.stdout.partition(";")[2] == done.stdout.partition(";")[2]
+    fails("is there already", "merge", runs / "po", "--out", tmp_path / "merged")
     fails("holds a whole model, not an adapter", "merge", tiny.model, "--out", tmp_path / "other", "--model", tiny.model)
 
     class Code:

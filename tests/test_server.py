@@ -1,5 +1,6 @@
 """Servers as they really behave: no answer, refusals of a form, pauses asked for, proxies; and what comes of it in a file of responses."""
 import json
+import socket
 import time
 from email.utils import formatdate
 
@@ -123,6 +124,31 @@ def test_a_proxy_that_the_environment_names_is_used(server, monkeypatch):
         for name in ("NO_PROXY", "no_proxy"): monkeypatch.setenv(name, "")
         monkeypatch.setenv("http_proxy", "nonsense://x")
         with pytest.raises(SafeEraserError, match="proxy that the environment names"): client(server)
+
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_a_port_where_nobody_listens_is_told_at_once(tiny, tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(SafeEraserError, match="nobody listens there .*refused"):
+        generate("m", tiny.data, tmp_path / "r.jsonl", server=f"http://127.0.0.1:{closed_port()}/v1", progress=False)
+    assert time.monotonic() - begin < 6 and not (tmp_path / "r.jsonl.part").exists()
+
+
+def test_a_server_that_was_there_is_waited_for(server, monkeypatch):
+    "Refused at first, then there; later it breaks off, and is asked as often as any."
+    asked, nap = client(server, pause=1), []
+    monkeypatch.setattr(time, "sleep", nap.append)
+    asked.client.base_url = f"http://127.0.0.1:{closed_port()}/v1"
+    assert "nobody listens there" in asked.ask(Call("", "a")).problem
+    asked.client.base_url = server.url
+    assert asked.ask(Call("", "a")).text
+    asked.client.base_url, asked.deaf_since, nap[:] = f"http://127.0.0.1:{closed_port()}/v1", -1e9, []
+    assert "(5 tries)" in asked.ask(Call("", "a")).problem and nap == [1, 2, 4, 8]
 
 
 def test_a_server_that_hangs_costs_an_estimate_only_seconds(tmp_path):
