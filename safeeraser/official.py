@@ -503,10 +503,11 @@ def make_answers(model: str | Path,         # the vanilla model: a folder, or a 
                  ) -> tuple[int, int]:
     "Ask the vanilla model all questions and write them as a dataset folder; returns the numbers of records written and of answers that were empty."
     from safeeraser.generate import generate, read_rows
+    from safeeraser.judge import answer_of
     out = Path(os.path.abspath(out))
     with _workshop(out, split) as folder:
         write_whole(folder/"all_draft.json", json.dumps([to_json(_unanswered(r)) for r in gather(rows, folder, split)]))
-        answers = {(r["set"], r["image_id"], r["question"]): r["response"] for r in read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], **settings))}
+        answers = {(r["set"], r["image_id"], r["question"]): r["response"] if answer_of(r) else "" for r in read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], **settings))}
         records = [_answered(r, answers) for r in load_records(folder, "draft")]
         _deliver([r for r in records if r.unsafe or r.harmless], folder, out, split)
     return sum(bool(r.unsafe or r.harmless) for r in records), sum(not a for a in answers.values())
