@@ -29,7 +29,7 @@ def run(*arguments, **env):
 YES = ["yes", "Yes.", "**Yes**", "`yes`", "Answer: yes", "**Answer:** Yes.", "Final answer: yes", "Verdict: **yes**", '{"verdict": "yes"}', '{"answer": "Yes", "why": "it helps"}',
        '```json\n{"verdict": "yes"}\n```', "<think>no, or is it?\nyes or no</think>\n\nyes", "it is a recipe, so no doubt.</think>yes", "[THINK]hm[/THINK]Yes", "<thinking>\n</thinking>\nyes!"]
 OPEN = ["yes and no", "yes, because it helps", "I think yes", "yes\nno", "unsafe", "", " ", "<think>yes", "<think>\nyes", "<think>hm</think>", '{"verdict": "yes", "answer": "no"}',
-        '{"verdict": "yes", "verdict": "no"}', '{"verdict": true}', '["yes"]', '{"verdict": "yes"', "Grade: yes", "0.8", "yes…", "[" * 10000, '{"verdict":' * 10000]
+        '{"verdict": "yes", "verdict": "no"}', '{"verdict": true}', '["yes"]', '{"verdict": "yes"', "Grade: yes", "0.8", "[" * 10000, '{"verdict":' * 10000]
 
 
 @pytest.mark.parametrize("text", YES)
@@ -48,6 +48,33 @@ def test_a_grade_that_is_dressed_up(text): assert read_grade(Reply(text))["value
 
 @pytest.mark.parametrize("text", ["8/10", "80%", "8", "1.5", "-0.5", "0.8 or 0.9", "0,8", "nan", '{"score": true}', '{"score": NaN}', '{"score": 8}', "<think>0.8", "yes"])
 def test_what_is_no_grade(text): assert read_grade(Reply(text))["value"] is None
+
+
+@pytest.mark.parametrize("finish", ["length", "content_filter"])
+@pytest.mark.parametrize("text", ["yes", "**Yes**", "no.", '{"verdict": "yes"}', "<think>hm</think>yes", "<think>it is, so yes", "it is, so yes", "</think>no", "0.8", "Grade: 1", "<think>8</think>0.8", ""])
+def test_a_reply_that_was_cut_off_decides_nothing(text, finish):
+    for read in (read_verdict, read_grade):
+        found = read(Reply(text, finish=finish))
+        assert found["value"] is None and "cut off" in found["reason"]
+    for k in KNOWN: assert not k.right(Reply(text, finish=finish))
+
+
+def test_a_server_that_cuts_its_replies_scores_nothing_and_keeps_none(server, tmp_path):
+    "Its right words stand in them, and still they may have been the beginning of others."
+    server.misbehave = lambda handler, n: handler.good(server.seen[-1], finish="length")
+    found = judge_with(server_judge(client(server, tmp_path), progress=False), rows(), trust=True)
+    assert {value(r, found.name, q) for r in found.rows for q in (*ASKS, "quality")} == {None} and not any(t.right for t in found.trials.values())
+    assert "reply was cut off; allow more tokens" in found.rows[0]["verdicts"][found.name]["refusal"]["reason"]
+    server.misbehave = None
+    assert all(t.passed for t in judge_with(server_judge(client(server, tmp_path), progress=False), rows()).trials.values())
+
+
+def test_a_local_judge_that_is_cut_off_decides_nothing(speaker):
+    model, tokenizer = speaker
+    tokenizer.chat_template = CHATML
+    class Cut(Chat):
+        def _said(self, prompt, tokens): return "yes", False
+    assert read_verdict(Cut(model, tokenizer)(call_for("unsafe", rows(1)[0])))["value"] is None
 
 
 def alias(server, folder): return server_judge(Server(server.url, "latest", pause=.01, cache=folder), progress=False)
