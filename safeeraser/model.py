@@ -57,7 +57,6 @@ def load_model(source: str | Path,           # a model folder, or a name on the 
     with told(source, "cannot be loaded as a vision-language model with its processor"):
         if folder.exists(): _check_size(folder)
         model, processor = _weights(source, dtype, four_bit_settings(source, device) if four_bit else {}), load_processor(source)
-    _check_image_token(model, processor, source)
     for layer in model.modules():  # bitsandbytes' CPU kernel repacks weights in place, in a form that cannot be trained on
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
     if dtype == "auto" and model.dtype == torch.float16 and not four_bit: model = model.to(torch.bfloat16)
@@ -116,12 +115,6 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return next((n for n, t in tensors if t.dtype in kinds and t.numel() and not torch.stack(t.detach().aminmax()).isfinite().all()), None)
 
-
-def _check_image_token(model, processor, source: str | Path):
-    "Raise `SafeEraserError` where model and processor stand for an image by different tokens."
-    told_by = [getattr(part, "image_token_id", None) for part in (model.config, processor)]
-    if None not in told_by and len(set(told_by)) > 1:
-        raise SafeEraserError(f"{source}: config.json's image token is {told_by[0]}, the processor's {told_by[1]}; they must be the same")
 
 # %% ../nbs/02_model.ipynb #cell009
 def four_bit_settings(source: str | Path, device: torch.device) -> dict:

@@ -135,6 +135,14 @@ def _tokens_and_features(processor, config) -> tuple[int, int] | None:
     return n, sum(x.numel() // x.shape[-1] for x in ([found] if torch.is_tensor(found) else found))
 
 
+def _check_image_token(processor, config, source):
+    "Raise `SafeEraserError` where model and processor stand for an image by different tokens."
+    wanted = getattr(config, "image_token_id", None)
+    known = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]  # Gemma 3's image_token_id opens an image, and fills none
+    if wanted is not None and None not in known and wanted not in known:
+        raise SafeEraserError(f"{source}: config.json's image token is {wanted}, the processor's {known[0]}; they must be the same")
+
+
 def check_image_tokens(processor, config, source):
     "Raise `SafeEraserError` naming the setting by which a processor writes another number of tokens than the model has features."
     settings = {s: getattr(processor, s) for s in _SETTINGS if hasattr(processor, s)}
@@ -195,6 +203,7 @@ def load_processor(source: str | Path  # a model folder, or a name on the hub
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template  # older folders hold it in tokenizer_config.json
     if getattr(processor, "video_token_id", None) == processor.tokenizer.unk_token_id:
         processor.video_token_id = None  # without a token for videos, every unknown word would be taken for one
+    _check_image_token(processor, config, source)
     check_pictures(processor, config, source)
     check_image_tokens(processor, config, source)
     return processor
