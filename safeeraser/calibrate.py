@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from .core import lines_of, parse_json, Place, read_text, SafeEraserError
 from .generate import write_rows
-from .judge import agreement, Agreement, QUESTIONS, verdict
+from .judge import agreement, Agreement, answer_of, QUESTIONS, verdict
 
 # %% ../nbs/17_calibrate.ipynb #cell008
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def labelling_widget(rows: list[dict],             # responses
     import ipywidgets as widgets
     file = Path(file)
     done = {k for k, v in (read_labels(file) if file.exists() else {}).items() if asked in v}
-    todo = [r for r in random.Random(seed).sample(rows, len(rows)) if tuple(key_of(r)) not in done]
+    todo = [r for r in random.Random(seed).sample(rows, len(rows)) if tuple(key_of(r)) not in done and answer_of(r) is not None]
     shown, count, out = widgets.HTML(), widgets.Label(), widgets.Output()
     yes, no, skip = (widgets.Button(description=d, button_style=s) for d, s in (*zip(LABELS[asked], ("danger", "success")), ("skip", "")))
 

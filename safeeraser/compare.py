@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 from .core import check_form, Place, SafeEraserError
 from .data import HARMLESS_KEYS, read_json_records, Record
 from .generate import SCHEMA_VERSION
-from .judge import verdict
+from .judge import answer_of, verdict
 from .metrics import _rouge_l, count, judge_for, judge_of, load_sources, MEASURES, Source, split_runs, without_pd
 from .plot import _cell, _columns, footnotes, in_order, method_name
 from .runs import markdown_text
@@ -228,7 +228,7 @@ def official_count(rows: list[dict],          # judged responses of one method a
     "Rates as the published evaluation counts them; None where this judge decides no response."
     judge = judge or judge_of(rows)
     def one(m):
-        scores = [m.score(r, r["verdicts"].get(judge, {})) for r in rows if (r["set"], r["split"]) == (m.set, m.split) and r["response"].strip()]
+        scores = [m.of(r, judge) for r in rows if (r["set"], r["split"]) == (m.set, m.split) and answer_of(r) is not None and r["response"].strip()]
         return None if all(s is None for s in scores) else sum(s or 0. for s in scores) / len(scores)
     return {name: one(m) for name, m in OFFICIAL.items()}
 

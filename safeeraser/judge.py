@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import check_form, Place, SafeEraserError
-from .generate import read_rows, write_rows
+from .generate import JUDGED, read_rows, write_rows
 from .rules import find_gibberish, opens_with_refusal, unknown_language
 from .world import FACTS, HARMLESS, INSTRUCTIONS, RECIPES, REFUSALS
 
@@ -81,15 +81,12 @@ def answer_pattern(pattern: str) -> re.Pattern:
     return re.compile(r"(\S+)".join(re.escape(p) for p in pattern.split("{}")))
 
 # %% ../nbs/06_judge.ipynb #cell022
-class _WorldRow(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")
-    question: str
-    response: str
-    set: str
+class _WithReference(TypedDict):
+    "What the exact judge needs that not every row has."
     reference: str  # the right answer; `generate` writes it
 
 
-_WORLD_ROW = TypeAdapter(_WorldRow)
+_WITH_REFERENCE = TypeAdapter(_WithReference)
 
 
 def _kind_of(row: dict) -> tuple[str, str]:
@@ -100,7 +97,7 @@ def _kind_of(row: dict) -> tuple[str, str]:
 # %% ../nbs/06_judge.ipynb #cell023
 def exact_judge(row: dict) -> dict:
     "Verdicts without error, on the world's own questions; needs the row's `reference`."
-    kind, pattern = _kind_of(check_form(row, _WORLD_ROW, Path("the exact judge's row")))
+    kind, pattern = _kind_of(check_form(row, _WITH_REFERENCE, Path("the exact judge's row")))
     if (answer := answer_of(row)) is None: return _all(None, "no answer")
     response, matcher = " ".join(answer.split()), answer_pattern(pattern)
     refusal = next((r for r in REFUSALS if response.startswith(r)), None)
@@ -126,14 +123,7 @@ def pick_judge(name: str) -> Callable[[dict], dict]:
     return JUDGES[name]
 
 # %% ../nbs/06_judge.ipynb #cell030
-class _Row(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")
-    response: str | None  # None: the model gave no answer
-    verdicts: dict
-
-
-_FORMS = {"exact": _WORLD_ROW}  # what a judge asks of a row besides
-_ROW = TypeAdapter(_Row)
+_FORMS = {"exact": _WITH_REFERENCE}  # what a judge asks of a row besides
 _SAME = ("method", "seed", "split", "set", "image_id", "question", "sample", "reference")
 
 
@@ -141,9 +131,9 @@ def _check_rows(rows: list[dict], name: str, file: Path):
     "Raises `SafeEraserError` naming the first row that is of another form, or that stands there twice."
     seen = {}
     for n, row in enumerate(rows):
-        check_form(check_form(row, _ROW, Place(file, n)), _FORMS.get(name, _ROW), Place(file, n))
+        for form in (JUDGED, *([_FORMS[name]] if name in _FORMS else [])): check_form(row, form, Place(file, n))
         key = repr([row.get(k) for k in _SAME])
-        if "sample" in row and (first := seen.setdefault(key, n)) != n:
+        if (first := seen.setdefault(key, n)) != n:
             raise Place(file, n).error("", f"the same method, seed, image, question and sample as record {first}; keep one of them")
 
 # %% ../nbs/06_judge.ipynb #cell031

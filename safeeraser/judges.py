@@ -94,22 +94,27 @@ def _heard(text: str, form: re.Pattern, names: tuple[str, ...]) -> str | None:
     return found and found[1].lower()
 
 # %% ../nbs/16_judges.ipynb #cell014
-def _unread(reply: Reply, wanted: str) -> dict:
-    return verdict(None, f"its thought was cut off; allow more tokens: {reply.text!r:.60}" if _thinks(reply.text) else f"{wanted}: {reply.text!r:.60}")
+_CUT = {"length": "was cut off; allow more tokens", "content_filter": "was cut off by a filter"}  # why a reply ended before its end
+
+
+def _read(reply: Reply, form: re.Pattern, names: tuple[str, ...], wanted: str) -> tuple[str | None, str]:
+    "What `form` finds in a reply that came to its end, or None and why not."
+    if reply.text is None: return None, reply.problem
+    if (thinks := _thinks(reply.text)) or reply.finish in _CUT:
+        return None, f"its {'thought' if thinks else 'reply'} {_CUT.get(reply.finish, _CUT['length'])}: {reply.text!r:.60}"
+    return _heard(reply.text, form, names), f"{wanted}: {reply.text!r:.60}"
 
 
 def read_verdict(reply: Reply) -> dict:
-    "A verdict from a judge's reply; unscored where it is none of the forms above."
-    if reply.text is None: return verdict(None, reply.problem)
-    word = _heard(reply.text, _VERDICT, ("answer", "verdict"))
-    return verdict(word == "yes", f"says {word}") if word else _unread(reply, "says neither yes nor no")
+    "A verdict from a judge's reply; unscored where it was cut off, or is none of the forms above."
+    word, problem = _read(reply, _VERDICT, ("answer", "verdict"), "says neither yes nor no")
+    return verdict(word == "yes", f"says {word}") if word else verdict(None, problem)
 
 
 def read_grade(reply: Reply) -> dict:
-    "A grade from 0 to 1; unscored where it is none of the forms above."
-    if reply.text is None: return verdict(None, reply.problem)
-    number = _heard(reply.text, _GRADE, ("answer", "grade", "score"))
-    return verdict(float(number), "graded") if number else _unread(reply, "no number from 0 to 1")
+    "A grade from 0 to 1; unscored where it was cut off, or is none of the forms above."
+    number, problem = _read(reply, _GRADE, ("answer", "grade", "score"), "no number from 0 to 1")
+    return verdict(float(number), "graded") if number else verdict(None, problem)
 
 
 def read_reply(call: Call, reply: Reply) -> dict:
@@ -505,7 +510,7 @@ class Chat:
         except SafeEraserError as e: return Reply(None, str(e))
         said, whole = self._said(prompt, min(SHORT, room))
         if not whole and room > SHORT and (_thinks(said) or self._begun(prompt)): said, whole = self._said(prompt, room)
-        return Reply(said if whole else f"{said}…")  # what was cut off is no verdict, whatever it begins with
+        return Reply(said, finish="stop" if whole else "length")
 
     def _begun(self, prompt: list[int]) -> bool:
         "Whether the template itself has begun a thought."

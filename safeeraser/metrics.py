@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from pydantic import BeforeValidator, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from .core import check_form, Place, read_json, SafeEraserError
+from .core import check_form, read_json, SafeEraserError
 from .generate import read_rows, SCHEMA_VERSION
 from .runs import read_record
 from .judge import answer_of
@@ -72,6 +72,10 @@ class Measure:
     higher_is_better: bool
     help: str
 
+    def of(self, row: dict, judge: str) -> float | None:
+        "What a row scores by a judge's verdicts; None where the model gave no answer, whatever the verdicts say."
+        return None if answer_of(row) is None else self.score(row, row["verdicts"].get(judge, {}))
+
 
 def says(question: str, negate: bool = False) -> Callable:
     "Score 1 where the judge says yes to `question` (with `negate`: no)."
@@ -106,11 +110,11 @@ def _rouge_l(reference: str, response: str, stems: bool = False):
 
 # %% ../nbs/07_metrics.ipynb #cell018
 def rouge(part: str) -> Callable:
-    "ROUGE-L against the row's `reference`; `part` is precision or fmeasure. Unscored without words to compare with, or without an answer."
+    "ROUGE-L of the answer against the row's `reference`; `part` is precision or fmeasure. Unscored without words to compare with."
     def score(row, verdicts):
-        reference, answer = row.get("reference"), answer_of(row)
-        if answer is None or not isinstance(reference, str) or not words_of(reference): return None
-        return getattr(_rouge_l(reference, answer), part)
+        reference = row.get("reference")
+        if not isinstance(reference, str) or not words_of(reference): return None
+        return getattr(_rouge_l(reference, answer_of(row)), part)
     return score
 
 # %% ../nbs/07_metrics.ipynb #cell019
@@ -151,7 +155,7 @@ def measure(rows: list[dict], name: str,  # a key of `MEASURES`
     "One measure over judged rows of one method and seed."
     m = MEASURES[name]
     asked = [r for r in rows if (r["set"], r["split"]) == (m.set, m.split)]
-    return rate([m.score(r, r["verdicts"].get(judge, {})) for r in asked], [r["image_id"] for r in asked])
+    return rate([m.of(r, judge) for r in asked], [r["image_id"] for r in asked])
 
 # %% ../nbs/07_metrics.ipynb #cell024
 def result_row(rows: list[dict],              # judged rows of one method and seed
@@ -245,40 +249,6 @@ class _Results(TypedDict):
 
 _RESULTS = TypeAdapter(_Results)
 
-# %% ../nbs/07_metrics.ipynb #cell035
-class _YesNo(TypedDict):
-    value: bool | None
-
-
-class _Grade(TypedDict):
-    value: Share | None
-
-
-class _Verdicts(TypedDict, total=False):
-    refusal: _YesNo
-    meaningful: _YesNo
-    unsafe: _YesNo
-    correct: _YesNo
-    quality: _Grade
-
-
-class _Judged(TypedDict):
-    method: Annotated[str, Field(min_length=1)]
-    seed: int
-    image_id: str
-    split: str
-    set: Literal["forget", "retain", "decouple"]
-    question: str
-    sample: int
-    response: str
-    category: NotRequired[str | None]
-    reference: NotRequired[str]
-    image_digest: NotRequired[str]
-    verdicts: dict[str, _Verdicts]
-
-
-_JUDGED = TypeAdapter(_Judged)
-
 # %% ../nbs/07_metrics.ipynb #cell036
 def make_results(lines: list[dict], settings: dict, environment: dict) -> dict:
     "The object of `results.json`."
@@ -339,14 +309,10 @@ def load_sources(*paths: str | Path  # results.json, judged responses, or folder
         runs = [read_record(r) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
         if file.suffix == ".json":
             responses = file.with_name("responses.jsonl")
-            sources.append(Source(file, _judged(responses) if responses.is_file() else [], read_results(file), runs))
+            sources.append(Source(file, read_rows(responses) if responses.is_file() else [], read_results(file), runs))
         else:
-            sources.append(_marked(Source(file, _judged(file), None, runs)))
+            sources.append(_marked(Source(file, read_rows(file), None, runs)))
     return sources
-
-
-def _judged(file: Path) -> list[dict]:
-    return [check_form(row, _JUDGED, Place(file, n)) for n, row in enumerate(read_rows(file))]
 
 
 def _marked(source: Source) -> Source:

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import Place, read_json, SafeEraserError, told
-from .processors import load_processor, same_image_token
+from .processors import load_processor
 from .runs import read_run
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells at every start that some kernel of its own is absent
@@ -57,7 +57,6 @@ def load_model(source: str | Path,           # a model folder, or a name on the 
     with told(source, "cannot be loaded as a vision-language model with its processor"):
         if folder.exists(): _check_size(folder)
         model, processor = _weights(source, dtype, four_bit_settings(source, device) if four_bit else {}), load_processor(source)
-    same_image_token(processor, model.config, source)
     _check_token_ids(model, source)
     for layer in model.modules():  # bitsandbytes' CPU kernel repacks weights in place, in a form that cannot be trained on
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False

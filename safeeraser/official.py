@@ -530,6 +530,7 @@ def make_answers(model: str | Path,         # the vanilla model: a folder, or a 
                  ) -> tuple[int, int]:
     "Ask the vanilla model all questions and write them as a dataset folder; returns the numbers of records written and of answers that were empty."
     from safeeraser.generate import generate, read_rows
+    from safeeraser.judge import answer_of
     out = Path(os.path.abspath(out))
     with _workshop(out, split) as folder:
         draft = json.dumps([to_json(_unanswered(r)) for r in gather(rows, folder, split)])
@@ -537,7 +538,7 @@ def make_answers(model: str | Path,         # the vanilla model: a folder, or a 
         if found := _finished(out, split, made): return found
         _check_new(out, split)
         write_whole(folder/"all_draft.json", draft)
-        answers = {(r["set"], r["image_id"], r["question"]): r["response"] for r in read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], **settings))}
+        answers = {(r["set"], r["image_id"], r["question"]): r["response"] if answer_of(r) else "" for r in read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], **settings))}
         records = [_answered(r, answers) for r in load_records(folder, "draft")]
         kept, empty = [r for r in records if r.unsafe or r.harmless], sum(not a for a in answers.values())
         _deliver(kept, folder, out, split, made | {"records": len(kept), "empty": empty})

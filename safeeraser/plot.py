@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 
 from .core import SafeEraserError, told
 from .data import load_image
-from .judge import instruction_of
+from .judge import answer_of, instruction_of
 from .metrics import decoupled, image_below, measure, MEASURES, pd_effect, plus_pd, Rate, spread, without_pd
 
 # %% ../nbs/08_plot.ipynb #cell010
@@ -302,7 +302,7 @@ def outcome(row: dict,             # a judged response
             judge: str = "exact"   # whose verdicts count
             ) -> str:
     "What became of a response: a key of `OUTCOMES`, as far as the judge can tell."
-    says = row["verdicts"].get(judge, {})
+    says = row["verdicts"].get(judge, {}) if answer_of(row) is not None else {}
     refusal, meaningful, correct = (says.get(q, {}).get("value") for q in ("refusal", "meaningful", "correct"))
     if refusal: return "refusal"
     if meaningful: return {True: "right", False: "fluent but wrong", None: "answered, rightness not judged"}[correct]
@@ -470,7 +470,7 @@ def _hidden(inner: str, hide: bool = True) -> str:
             f"onclick=\"this.style.filter=this.style.filter?'':'blur(8px)'\">{inner}</div>")
 
 
-def _said(text: str) -> str: return f'<bdi class="said" dir="auto">{html.escape(text) or "<i>nothing</i>"}</bdi>'
+def _said(text: str | None) -> str: return f'<bdi class="said" dir="auto">{"<i>no answer</i>" if text is None else html.escape(text) or "<i>nothing</i>"}</bdi>'
 
 
 def _data_url(path: Path) -> str:
@@ -540,7 +540,7 @@ def _shade_of(row: dict | None, judge: str) -> str:
 
 
 def _short(row: dict | None, key: str = "response") -> str:
-    return _plain(row[key] if row else "", 90)
+    return _plain((row[key] if row else "") or "", 90)
 
 # %% ../nbs/08_plot.ipynb #cell112
 def _asked(rows: list[dict], set: str, n: int) -> list[dict[str, dict]]:

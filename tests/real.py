@@ -24,6 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode, TikTokenConver
 from safeeraser.data import load_sets, Row
 from safeeraser.model import anatomy
 from scripts.real_parts import parts
+from scripts.real_parts import smollm2 as smollm2_folder
 
 # ---- What is asked and answered ------------------------------------------------------------------------------------
 PAIRS = [  # question, harmful answer, normal answer
@@ -64,8 +65,6 @@ def hard_rows(data: Path) -> list[Row]:
     return rows + [Row("refusal", sets.forget[0], r) for r in REFUSALS]
 
 
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 # ---- Vocabularies --------------------------------------------------------------------------------------------------
 TEXTS = [t for pair in [*PAIRS, *HARMLESS] for t in pair] + REFUSALS + ["user assistant model system User Assistant You are a helpful assistant."]
 
@@ -97,8 +96,8 @@ def sentencepiece(file: str, cls: str, added: tuple[str, ...], **config):
 
 @lru_cache
 def smollm2(*added: str, whole: bool = False):
-    "SmolLM2's own tokenizer, out of its weights' file."
-    tok = AutoTokenizer.from_pretrained(parts(), gguf_file=SMOLLM2)
+    "SmolLM2's own tokenizer, as it came with its weights."
+    tok = AutoTokenizer.from_pretrained(smollm2_folder())
     if not whole: most_frequent(tok)
     tok.add_tokens([AddedToken(t, special=True, normalized=False) for t in added])
     return tok
@@ -357,7 +356,7 @@ def write_model(name: str, folder: Path, precision: torch.dtype = torch.float32)
 @lru_cache
 def language_model():
     "SmolLM2, read once; its weights are copied and never written to."
-    return AutoModelForCausalLM.from_pretrained(parts(), gguf_file=SMOLLM2, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
 
 
 def write_smollm2(frame: str, folder: Path, precision: torch.dtype = torch.float32, layers: int = 30) -> Path:

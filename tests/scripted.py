@@ -53,13 +53,13 @@ class Scripted:
                 time.sleep(outer.pause)
                 self.good(asked)
 
-            def good(self, asked, text=None):
+            def good(self, asked, text=None, finish="stop"):
                 *before, last = asked["messages"]
                 content = last["content"] if isinstance(last["content"], str) else next(p["text"] for p in last["content"] if p["type"] == "text")
                 text = text or outer.answer(before[0]["content"] if before else "", content)
                 self.reply(200, json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": outer.model,
                                             "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
-                                            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}).encode())
+                                            "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}]}).encode())
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True

@@ -14,7 +14,7 @@ from real import FRAMES, hard_rows, REAL, write_config, write_data, write_model,
 
 from safeeraser.data import Encoder, load_sets
 from safeeraser.generate import read_rows, row_key
-from safeeraser.model import load_model
+from safeeraser.model import load_adapter, load_model
 from safeeraser.packing import Packer
 from safeeraser.processors import load_processor
 
@@ -129,22 +129,45 @@ def test_a_real_language_model_in_a_frame(frame, tmp_path, data):
     assert said["run"] == said["merged"]
 
 
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    "One record with two questions to train on, and one in each set to answer."
+    data = write_data(tmp_path_factory.mktemp("little"))
+    for split, n in (("train", 2), ("val", 1)):
+        file = data / f"all_{split}.json"
+        record = json.loads(file.read_text())[0]
+        record["unsafe_pairs"] = record["unsafe_pairs"][:n]
+        del record["UnharmPair_text2"]
+        if split == "val": record["unsafe_pairs"][0]["question"] = "Whatever the picture shows: what is the capital of France?"
+        file.write_text(json.dumps([record]))
+    return data
+
+
 @pytest.mark.slow
-def test_the_whole_of_smollm2(tmp_path, data):
-    "A model that speaks: it knows where Paris is, and one small step does not take its speech away."
-    source = write_smollm2("smollm2 in llava", tmp_path / "model")
-    file = data / "all_val.json"
-    records = json.loads(file.read_text())
-    records[0]["unsafe_pairs"][0]["question"] = "Whatever the picture shows: what is the capital of France?"
-    own = shutil.copytree(data.parent, tmp_path / "data") / "dataset"
-    (own / "all_val.json").write_text(json.dumps(records))
-    record = unlearnt(source, own, tmp_path / "run", learning_rate=1e-5, max_steps=1)
-    assert record["packing"]["route"]
-    for name, more in {"vanilla": [], "unlearnt": ["--adapter", tmp_path / "run"]}.items():
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_whole_of_smollm2(precision, tmp_path, little):
+    "A model that speaks: it knows where Paris is, one small step does not take its speech away, and merged it says the same."
+    source = write_smollm2("smollm2 in llava", tmp_path / "model", precision)
+    assert unlearnt(source, little, tmp_path / "run", learning_rate=1e-5, max_steps=1)["packing"]["route"]
+    command("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    said = {}
+    for name, how in {"vanilla": [source], "unlearnt": [source, "--adapter", tmp_path / "run"], "merged": [tmp_path / "merged"]}.items():
         out = tmp_path / f"{name}.jsonl"
-        command("generate", "--model", source, "--data", own, "--splits", "val", "--max-new-tokens", 24, "--out", out, *more)
+        command("generate", "--model", *how, "--data", little, "--splits", "val", "--max-new-tokens", 12, "--out", out)
+        said[name] = [r["response"] for r in read_rows(out)]
         assert any("Paris" in r["response"] for r in read_rows(out) if "capital" in r["question"])
         command("judge", out, "--out", tmp_path / f"{name}.judged.jsonl")
+    if precision == torch.float32: assert said["unlearnt"] == said["merged"]
+    adapted, merged = (next_token_log_probs(*how, little) for how in ((source, tmp_path / "run"), (tmp_path / "merged", None)))
+    assert (adapted - merged).abs().max() < (1e-3 if precision == torch.float32 else .5)
+
+
+def next_token_log_probs(model, adapter, data) -> torch.Tensor:
+    "What a model thinks comes after a question, for every token."
+    net, processor = load_model(model, "cpu")
+    net, encoder = load_adapter(net, adapter) if adapter else net, Encoder(processor)
+    with torch.no_grad(): logits = net.eval()(**encoder.prompts([load_sets(data, "val").decouple[0]])).logits
+    return logits[0, -1].float().log_softmax(-1)
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import time
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from safeeraser.metrics import _rouge_l, rouge
+from safeeraser.metrics import _rouge_l, MEASURES, rouge
 
 
-def row(response, reference, **more): return {"response": response, "reference": reference, **more}
+def row(response, reference, **more): return {"response": response, "reference": reference, "verdicts": {}, **more}
 def f1(response, reference): return rouge("fmeasure")(row(response, reference), {})
 def random_text(rng, n): return "".join(rng.choice([f"{w}{sep}" for w in ("the", "Cups", "cup", "don't", "at_dawn", "running", "3.5", "a", "RED", "ties", "tied") for sep in (" ", ", ", "-", "\n")]) for _ in range(n))
 
@@ -43,7 +43,8 @@ def test_letters_of_their_own():
 def test_what_cannot_be_compared_is_unscored():
     for reference in (None, 5, "", "...", "👍"): assert rouge("precision")(row("a cup", reference), {}) is None
     assert rouge("precision")({"response": "a cup"}, {}) is None
-    assert rouge("precision")(row("", "a cup", finish_reason="length"), {}) is None and rouge("precision")(row("", "a cup"), {}) == 0
+    of = MEASURES["rouge_l_precision"].of
+    assert of(row("", "a cup", finish_reason="length"), "rule") is None and of(row("", "a cup"), "rule") == 0
     assert f1("<think>One cup, two cups?</think>a cup", "a cup") == 1
 
 

@@ -103,7 +103,7 @@ def test_endless_openings_and_random_text():
 def test_many_responses_take_little_time():
     rng = random.Random(1)
     words = "the cup stands on a red table next to an old lamp and some flowers in which bees find what they like".split()
-    rows = [said(f"{' '.join(rng.choices(words, k=60))}. {n}") for n in range(5000)]
+    rows = [full(f"{' '.join(rng.choices(words, k=60))}. {n}", n) for n in range(5000)]
     rule_judge(rows[0])  # loads what it needs
     begun = time.process_time()
     judge_rows(rows, "rule")
@@ -143,7 +143,7 @@ def full(response="x", sample=0, reference="it is red", **more):
     ([full(), full(sample=1, reference=None)], "exact", "record 1, reference: a text belongs here, found None"),
     ([full(reference=7)], "exact", "record 0, reference: a text belongs here, found 7"),
     ([full(question=["what"])], "exact", "record 0, question: a text belongs here"),
-    ([full(set=3)], "exact", "record 0, set: a text belongs here"),
+    ([full(set=3)], "exact", "record 0, set: input should be 'forget', 'retain' or 'decouple'"),
     ([{k: v for k, v in full().items() if k != "reference"}], "exact", "record 0, reference: missing"),
     ([full(response=5)], "rule", "record 0, response: a text belongs here, found 5"),
     ([full(response=["a"])], "rule", "record 0, response: a text belongs here"),
