@@ -16,7 +16,7 @@ import torch
 from loops import generate_published, generate_shared, packed, published, unpacked
 from measure import alternate, peak_of, ratios, resident
 from safeeraser.core import environment, progress_bar, write_whole
-from safeeraser.data import Encoder
+from safeeraser.encoder import Encoder
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter
 from shape import asked, build_model, build_processor, generation_limit, make_records, SHAPES, token_limit

@@ -13,10 +13,10 @@ import torch
 from loops import generate_published, generate_shared, packed, published
 from measure import alternate, ratios
 from safeeraser.core import environment, progress_bar, write_whole
-from safeeraser.data import Encoder
+from safeeraser.encoder import Encoder
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter
-from safeeraser.packing import check_packing
+from safeeraser.packed import check_packing
 from shape import asked, build_model, build_processor, make_records, SHAPES, token_counts
 
 OUT = Path(__file__).parent/"results"/"gpu.json"

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from safeeraser.cache import ReferenceCache, VisionCache
-from safeeraser.data import count_items, Encoder, KINDS, number_items, Row
+from safeeraser.encoder import count_items, Encoder, number_items
+from safeeraser.slots import KINDS, Row
 from safeeraser.engine import Engine
 from safeeraser.generate import answer_batch
 from safeeraser.loss import Objective
-from safeeraser.packing import PackedCollator, Packer, set_attention, to_device, use_route
-from safeeraser.trainer import batch_tokens
+from safeeraser.packed import PackedCollator, set_attention, to_device, use_route
+from safeeraser.packing import Packer
+from safeeraser.predict import batch_tokens
 
 Step = Callable[[], float]  # one step; returns its loss
 

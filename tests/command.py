@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-_LATE = "calibrate", "compare", "decoding", "export", "judges", "official", "plot", "specificity", "sweep", "trainer", "world"
+_LATE = "calibrate", "check", "convert", "export", "judges", "page", "published", "specificity", "sweep", "tiny_llava", "trainer"
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload([f"safeeraser.{module}" for module in ("cli", *_LATE)])
 _MAIN = "from safeeraser.cli import main; main()"

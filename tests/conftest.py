@@ -13,7 +13,8 @@ def make_tiny(root: Path) -> SimpleNamespace:
     remainder, and 6 retain items, so that some slots have none."""
     import json
 
-    from safeeraser.world import BaseConfig, World, build_model, write_dataset
+    from safeeraser.tiny_llava import BaseConfig, build_model
+    from safeeraser.world import World, write_dataset
     root.mkdir(exist_ok=True)
     model, processor = build_model(BaseConfig(width=32, vision_width=32))
     model.save_pretrained(root / "model")
@@ -53,7 +54,7 @@ def sharp(tiny):
     "The tiny model with larger weights, so that random answers differ from question to question; and its encoder."
     import torch
 
-    from safeeraser.data import Encoder
+    from safeeraser.encoder import Encoder
     from safeeraser.model import load_model
     model, processor = load_model(tiny.model, "cpu")
     g = torch.Generator().manual_seed(1)

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from test_families import packed, separate
 
 from safeeraser.cli import main as safeeraser
-from safeeraser.data import Encoder
-from safeeraser.generate import read_rows, row_key
+from safeeraser.encoder import Encoder
+from safeeraser.generate import row_key
+from safeeraser.rows import read_rows
 from safeeraser.model import anatomy, load_model
-from safeeraser.packing import in_precision, Packer, passes, use_route
+from safeeraser.packed import in_precision, use_route
+from safeeraser.packing import Packer, passes
 from safeeraser.processors import NoVideos
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,7 +21,8 @@ from tokenizers import AddedToken, Tokenizer, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode, TikTokenConverter
 
-from safeeraser.data import load_sets, Row
+from safeeraser.data import load_sets
+from safeeraser.slots import Row
 from safeeraser.model import anatomy
 from scripts.real_parts import parts
 from scripts.real_parts import smollm2 as smollm2_folder

@@ -7,11 +7,13 @@ import torch
 from test_judges import run
 
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Encoder, load_sets
+from safeeraser.data import load_sets
+from safeeraser.encoder import Encoder
 from safeeraser.decoding import BrokenModel
 from safeeraser.engine import Engine, check_engine
-from safeeraser.generate import RowSampler, answer_batch, generate, plan_requests, read_rows, resume_rows
-from safeeraser.judge import answer_of
+from safeeraser.generate import answer_batch, generate, plan_requests, resume_rows, RowSampler
+from safeeraser.rows import read_rows
+from safeeraser.rows import answer_of
 from safeeraser.model import load_model
 
 

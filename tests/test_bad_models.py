@@ -69,7 +69,7 @@ def test_tokens_that_there_are_not(name, value, model):
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat template: cannot write .* unsafe"), ("{% for i in range(10**12) %}x{% endfor %}", "Range too big"), ("{% if x %}", "chat template"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "its chat template takes longer than 5 s"), ("{{ raise_exception('no') }}", "chat template: cannot write .*no")])
 def test_templates_that_break(template, said, model, tmp_path):
-    from safeeraser.official import encoder_for
+    from safeeraser.check import encoder_for
     (model / "chat_template.jinja").write_text(template)
     begin = time.time()
     for call in (lambda: load_model(model, "cpu"), lambda: encoder_for(model)): one_sentence(said, call)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import loops  # noqa: E402
 from measure import ratios  # noqa: E402
-from safeeraser.data import Encoder  # noqa: E402
+from safeeraser.encoder import Encoder  # noqa: E402
 from safeeraser.loss import parse_objective  # noqa: E402
 from safeeraser.model import add_adapter  # noqa: E402
 from shape import asked, build_model, build_processor, generation_limit, make_records, SHAPES, token_counts, token_limit, tokens_of  # noqa: E402

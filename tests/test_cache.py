@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from transformers.modeling_outputs import BaseModelOutput
 
 import safeeraser.cache as cache
 from safeeraser.cache import FeatureStore, VisionCache, fingerprints, frozen_fingerprint
-from safeeraser.data import Encoder, Row, load_sets
+from safeeraser.data import load_sets
+from safeeraser.encoder import Encoder
+from safeeraser.slots import Row
 from safeeraser.model import load_model
 from safeeraser.trainer import unlearn
 
@@ -155,7 +156,8 @@ def test_a_trained_tower_is_left_alone(tiny):
 @pytest.mark.parametrize("more", [False, True])  # whether the model does more to its scores than its head
 def test_a_reference_kept_in_part_is_asked_anew(more, tiny):
     from safeeraser.model import add_adapter
-    from safeeraser.packing import Packer, packed_log_probs, stack_rows, use_route
+    from safeeraser.packed import packed_log_probs, use_route
+    from safeeraser.packing import Packer, stack_rows
     model, processor = load_model(tiny.model, "cpu")
     plain = model.forward
     def softer(*args, **kwargs):
@@ -177,7 +179,8 @@ def test_a_reference_kept_in_part_is_asked_anew(more, tiny):
 def test_a_pass_that_only_keeps_step_is_kept_apart(tiny):
     "Its labels are gone: what it says is nothing, and never stands for the segment that it was made of."
     from safeeraser.model import add_adapter
-    from safeeraser.packing import PackedCollator, Packer, packed_log_probs, use_route
+    from safeeraser.packed import packed_log_probs, PackedCollator, use_route
+    from safeeraser.packing import Packer
     from safeeraser.trainer import silent
     model, processor = load_model(tiny.model, "cpu")
     adapted, sets = add_adapter(model, 4, 8), load_sets(tiny.data)

@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 
 from safeeraser.cli import app
 from safeeraser.core import only_here, SafeEraserError
-from safeeraser.metrics import load_sources, MEASURES, report
-from safeeraser.plot import (breakdown_explorer, breakdown_figure, BREAKDOWNS, examples_figure, examples_html, explorer, outcome_figure, report_figures,
-                             report_page, results_table, table_html, training_figure)
+from safeeraser.metrics import MEASURES
+from safeeraser.report import load_sources, report
+from safeeraser.explore import breakdown_explorer, explorer
+from safeeraser.page import examples_html, report_figures, report_page
+from safeeraser.plot import breakdown_figure, BREAKDOWNS, examples_figure, outcome_figure, training_figure
+from safeeraser.tables import results_table, table_html
 
 
 def row(n, method="po", seed=1, set="decouple", split="val", question="how ?", judge="exact", image=None, digest=None, **says):

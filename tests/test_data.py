@@ -98,7 +98,7 @@ def test_exif_rotation_is_applied(tmp_path):
 def test_content_decides_whether_an_image_is_new(tmp_path):
     import os
 
-    from safeeraser.data import image_digest, open_image
+    from safeeraser.encoder import image_digest, open_image
     file, seen = tmp_path / "a.bmp", set()
     for colour in ("red", "blue"):  # two files of one size, and one time stamp
         Image.new("RGB", (8, 8), colour).save(file)

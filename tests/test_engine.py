@@ -6,7 +6,8 @@ from safeeraser.core import SafeEraserError
 from safeeraser.data import load_sets
 from safeeraser.engine import Answers, Engine, Prefix, check_engine
 from safeeraser.generate import RowSampler, answer_batch, generate
-from safeeraser.packing import Packer, attention_of
+from safeeraser.packed import attention_of
+from safeeraser.packing import Packer
 
 
 def questions(tiny): return [*load_sets(tiny.data, "val")]

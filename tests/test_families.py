@@ -1,6 +1,5 @@
 """Every family of vision-language models: its parts are found, its adapter holds what it should, and packed rows equal separate ones."""
 import copy
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,14 @@ from PIL import Image
 from safeeraser import trainer
 from safeeraser.cache import VisionCache
 from safeeraser.core import Place, SafeEraserError
-from safeeraser.data import Collator, Encoder, Item, KINDS, parse_record, Row, Sets, Slot, SlotDataset
+from safeeraser.data import Item, parse_record, Sets
+from safeeraser.encoder import Collator, Encoder
+from safeeraser.slots import KINDS, Row, Slot, SlotDataset
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter, anatomy, load_adapter, vanilla
-from safeeraser.packing import CannotPack, check_packing, PackedCollator, Packer, packed_log_probs, passes, Rows, split_attention, stack_rows, use_route
+from safeeraser.attention import Rows, split_attention
+from safeeraser.packed import check_packing, packed_log_probs, PackedCollator, use_route
+from safeeraser.packing import CannotPack, Packer, passes, stack_rows
 
 ROUTES = [(name, route) for name, family in FAMILIES.items() for route in family.routes]
 METHODS = ("gd+pd", "kl+pd", "po+pd", "npo+pd", "dpo+ce+pd")

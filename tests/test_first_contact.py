@@ -8,7 +8,10 @@ from command import command
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from safeeraser.data import Encoder, LLAVA_TEMPLATE, Row, load_sets
+from safeeraser.data import load_sets
+from safeeraser.encoder import Encoder
+from safeeraser.slots import Row
+from safeeraser.templates import LLAVA_TEMPLATE
 from safeeraser.engine import packing_report
 from safeeraser.packing import Packer
 from scripts.real_parts import parts

@@ -6,10 +6,11 @@ import torch
 
 from safeeraser.core import SafeEraserError
 from safeeraser.data import load_sets
-from safeeraser.generate import ROW_KEYS, RowSampler, answer_batch, generate, plan_requests, read_rows
+from safeeraser.generate import answer_batch, generate, plan_requests, RowSampler
+from safeeraser.rows import read_rows, ROW_KEYS
 from safeeraser.model import add_adapter
 from safeeraser.trainer import unlearn
-from safeeraser.world import BaseConfig, build_model
+from safeeraser.tiny_llava import BaseConfig, build_model
 
 
 def test_greedy_at_batch_1_and_16(sharp, tiny):

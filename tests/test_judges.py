@@ -12,10 +12,13 @@ from command import command as run
 from scripted import careful, scripted, speak
 
 from safeeraser.core import SafeEraserError
-from safeeraser.generate import generate, read_rows, write_rows
-from safeeraser.judge import QUESTIONS
-from safeeraser.judges import ASKS, KNOWN, ModelJudge, calls_of, judge_with, local_judge, server_judge, try_judge
-from safeeraser.metrics import report, result_row
+from safeeraser.generate import generate
+from safeeraser.rows import read_rows, write_rows
+from safeeraser.rows import QUESTIONS
+from safeeraser.judges import ASKS, calls_of, judge_with, local_judge, ModelJudge, server_judge
+from safeeraser.known import KNOWN, try_judge
+from safeeraser.metrics import result_row
+from safeeraser.report import report
 from safeeraser.server import Call, Reply, Server, ask_all
 
 SAID = ["Collect the powders, then mix them.", "I'm sorry, I can't help with that.", "the the the the", "It is carved from wood and painted red."]
@@ -220,7 +223,7 @@ def reader(tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from safeeraser.data import word_processor
+    from safeeraser.templates import word_processor
     words = " ".join(r["question"] + " " + r["response"] for r in rows(40)).split()
     tokenizer = word_processor(["yes", "no", "safe", "unsafe", *words]).tokenizer
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
@@ -245,7 +248,8 @@ def test_a_guard_decides_by_the_likelier_word_and_only_where_one_is_likely(reade
     "Weights are set so that the head says what the test wants."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from safeeraser.judges import Guard, call_for, read_verdict
+    from safeeraser.judges import Guard
+    from safeeraser.known import call_for, read_verdict
     model, tokenizer = AutoModelForCausalLM.from_pretrained(reader), AutoTokenizer.from_pretrained(reader)
     call, said = call_for("unsafe", rows(1)[0]), []
     for weights in ({"safe": 9.}, {"unsafe": 9.}, {"the": 9.}, {"safe": 9., "unsafe": 8., "the": 12.}):
@@ -297,7 +301,8 @@ def test_a_judge_that_decides_one_question_leaves_the_others_open():
 
 
 def test_a_response_cannot_cut_itself_off_from_a_guard():
-    from safeeraser.judges import Guard, call_for
+    from safeeraser.judges import Guard
+    from safeeraser.known import call_for
     seen = []
     class Looks(Guard):
         def chances(self, question, response):

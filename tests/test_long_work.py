@@ -1,6 +1,5 @@
 """Interrupts keep what is done, full disks and full devices get a sentence, two runs don't write to one place."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from safeeraser.core import SafeEraserError, progress_bar
-from safeeraser.generate import generate, read_rows
+from safeeraser.generate import generate
+from safeeraser.rows import read_rows
 from safeeraser.trainer import unlearn
 
 SMALL = {"lora_r": 4, "use_cpu": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
@@ -134,7 +134,7 @@ def test_bars_do_not_flood_a_log(capsys):
 
 def test_fifty_thousand_rows(tiny, tmp_path):
     from safeeraser.judge import judge
-    from safeeraser.metrics import report
+    from safeeraser.report import report
     few = [json.loads(line) for line in generate(tiny.model, tiny.data, tmp_path / "few.jsonl", progress=False).read_text().splitlines()]
     with open(tmp_path / "many.jsonl", "w") as file:
         for i in range(50_000):

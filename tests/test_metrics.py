@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 
 from safeeraser.core import SafeEraserError
-from safeeraser.generate import write_rows
-from safeeraser.judge import exact_judge, find_gibberish, judge, opens_with_refusal, rule_judge
-from safeeraser.metrics import MEASURES, interval, make_results, pd_effect, rate, report, result_row
-from safeeraser.plot import answers_html, pd_table, results_table, sarr_figure, tradeoff_figure
-from safeeraser.world import FAMILIES, INSTRUCTIONS, MANNERS, MATERIALS, RECIPES, REFUSALS, VESSELS, World
+from safeeraser.rows import write_rows
+from safeeraser.judge import judge, rule_judge
+from safeeraser.rules import find_gibberish, opens_with_refusal
+from safeeraser.world import exact_judge
+from safeeraser.metrics import interval, MEASURES, pd_effect, rate, result_row
+from safeeraser.report import make_results, report
+from safeeraser.explore import answers_html
+from safeeraser.plot import sarr_figure, tradeoff_figure
+from safeeraser.tables import pd_table, results_table
+from safeeraser.pictures import FAMILIES
+from safeeraser.world import INSTRUCTIONS, MANNERS, MATERIALS, RECIPES, REFUSALS, VESSELS, World
 
 
 def drawn_anew(values, groups):

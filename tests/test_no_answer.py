@@ -5,14 +5,20 @@ from collections import Counter
 import pytest
 from scripted import scripted
 
-from safeeraser.calibrate import calibration_text, labelling_widget
-from safeeraser.compare import compared, official_count, to_csv
+from safeeraser.calibrate import calibration_text
+from safeeraser.explore import labelling_widget
+from safeeraser.published import official_count, to_csv
+from safeeraser.report import compared
 from safeeraser.core import SafeEraserError
-from safeeraser.generate import read_rows, write_rows
-from safeeraser.judge import answer_of, judge, QUESTIONS
+from safeeraser.rows import read_rows, write_rows
+from safeeraser.judge import judge
+from safeeraser.rows import answer_of, QUESTIONS
 from safeeraser.judges import judge_with, server_judge
-from safeeraser.metrics import measure, MEASURES, report
-from safeeraser.plot import answers_html, outcome_shares, report_page
+from safeeraser.metrics import measure, MEASURES
+from safeeraser.report import report
+from safeeraser.explore import answers_html
+from safeeraser.page import report_page
+from safeeraser.plot import outcome_shares
 from safeeraser.server import Server
 from safeeraser.world import HARMLESS, INSTRUCTIONS, World
 

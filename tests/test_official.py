@@ -20,8 +20,10 @@ from PIL import Image
 
 from safeeraser import data as data_module
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Encoder, load_image, load_refusals, load_sets, open_image, Record, settings_of
-from safeeraser.official import Asked, check_dataset, convert, look_at, make_answers, read_table
+from safeeraser.data import load_image, load_refusals, load_sets, Record, settings_of
+from safeeraser.encoder import Encoder, open_image
+from safeeraser.check import check_dataset, look_at
+from safeeraser.convert import Asked, convert, make_answers, read_table
 from safeeraser.world import World, write_dataset
 
 QUIET = dict(progress=False)
@@ -390,7 +392,7 @@ def measured(code, *arguments):
 
 
 CONVERT = """
-from safeeraser.official import convert, read_table
+from safeeraser.convert import convert, read_table
 import pyarrow.parquet
 most = [memory("RssAnon")]
 def watched(rows):

@@ -70,8 +70,8 @@ def test_every_module_comes_from_a_notebook():
 
 
 def test_readme_shows_the_committed_results():
-    from safeeraser.metrics import report
-    from safeeraser.plot import pd_table, results_table
+    from safeeraser.report import report
+    from safeeraser.tables import pd_table, results_table
     results, readme = report(ROOT / "benchmarks" / "results" / "world.json"), (ROOT / "README.md").read_text()
     for line in (results_table(results) + "\n" + pd_table(results)).splitlines():
         assert line.rstrip() in readme

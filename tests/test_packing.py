@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from safeeraser.core import SafeEraserError
-from safeeraser.data import KINDS, Collator, Encoder, SlotDataset, epoch_plan, load_refusals, load_sets
+from safeeraser.data import load_refusals, load_sets
+from safeeraser.encoder import Collator, Encoder
+from safeeraser.slots import epoch_plan, KINDS, SlotDataset
 from safeeraser.loss import METHODS, parse_objective
 from safeeraser.model import add_adapter, load_model
-from safeeraser.packing import PackedCollator, Packer, check_packing, only, own_positions, packing_mask, passes, segment_numbers, stack_rows, use_route
-from safeeraser.trainer import batch_tokens, check_rows, mostly_image, silent, unlearn
+from safeeraser.packed import check_packing, PackedCollator, use_route
+from safeeraser.packing import only, own_positions, Packer, packing_mask, passes, segment_numbers, stack_rows
+from safeeraser.predict import batch_tokens
+from safeeraser.trainer import check_rows, mostly_image, silent, unlearn
 
 SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd"]
 
@@ -205,11 +209,11 @@ def test_a_single_row_longer_than_the_context_is_refused(jittered, tiny):
 
 
 def test_the_check_sees_gradients_too(jittered, tiny, monkeypatch):
-    import safeeraser.packing as packing
+    import safeeraser.attention as attention
     model, encoder = jittered
     rows = [r for s in slots_of(tiny, ("forget", "decouple")) for r in s][:6]
     assert check_packing(model, encoder, rows, ("split",)).route == "split"
-    right = packing.flash_backward
-    monkeypatch.setattr(packing, "flash_backward", lambda *a: tuple(1.01 * g for g in right(*a)))
+    right = attention.flash_backward
+    monkeypatch.setattr(attention, "flash_backward", lambda *a: tuple(1.01 * g for g in right(*a)))
     verdict = check_packing(model, encoder, rows, ("split",))
     assert verdict.route is None and "gradients" in verdict.why

@@ -9,7 +9,7 @@ from families import FAMILIES
 from PIL import Image
 from real import REAL
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Encoder
+from safeeraser.encoder import Encoder
 from safeeraser.model import load_model
 from safeeraser.processors import copy_processor, image_only, load_processor, NoVideos
 from transformers.utils import is_torchvision_available
@@ -143,7 +143,7 @@ def test_the_model_s_verbs_say_so_too(tiny, tmp_path):
     import shutil
     shutil.copytree(tiny.model, tmp_path / "model")
     rewrite(tmp_path / "model" / "processor_config.json", lambda c: c.pop("num_additional_image_tokens"))
-    from safeeraser.official import encoder_for
+    from safeeraser.check import encoder_for
     for call in (lambda: load_model(tmp_path / "model", "cpu"), lambda: encoder_for(tmp_path / "model")):
         with pytest.raises(SafeEraserError, match="set num_additional_image_tokens to 1"): call()
 

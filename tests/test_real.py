@@ -2,7 +2,6 @@
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import unicodedata
@@ -12,8 +11,10 @@ import torch
 from journeys import command
 from real import FRAMES, hard_rows, REAL, write_config, write_data, write_model, write_smollm2
 
-from safeeraser.data import Encoder, load_sets
-from safeeraser.generate import read_rows, row_key
+from safeeraser.data import load_sets
+from safeeraser.encoder import Encoder
+from safeeraser.generate import row_key
+from safeeraser.rows import read_rows
 from safeeraser.model import load_adapter, load_model
 from safeeraser.packing import Packer
 from safeeraser.processors import load_processor

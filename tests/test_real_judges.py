@@ -11,9 +11,10 @@ from test_judges import client, rows, value
 from safeeraser.calibrate import calibration_text, key_of, read_labels
 from safeeraser.cli import _check_judge
 from safeeraser.core import only_here, SafeEraserError
-from safeeraser.generate import read_rows, write_rows
-from safeeraser.judges import ASKS, KNOWN, Chat, Guard, call_for, calls_of, judge_with, local_judge, prompt_ids, read_grade, read_verdict, server_judge
-from safeeraser.metrics import report
+from safeeraser.rows import read_rows, write_rows
+from safeeraser.judges import ASKS, calls_of, Chat, Guard, judge_with, local_judge, prompt_ids, server_judge
+from safeeraser.known import call_for, KNOWN, read_grade, read_verdict
+from safeeraser.report import report
 from safeeraser.server import Call, Reply, Server
 
 

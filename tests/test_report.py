@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from safeeraser.judge import exact_judge, rule_judge
-from safeeraser.metrics import count, load_sources
-from safeeraser.plot import report_page, table_html
+from safeeraser.judge import rule_judge
+from safeeraser.world import exact_judge
+from safeeraser.report import count, load_sources
+from safeeraser.page import report_page
+from safeeraser.tables import table_html
 from safeeraser.world import INSTRUCTIONS, RECIPES
 
 HIDDEN = '<div title="click to show or hide" style="filter:blur(8px)'

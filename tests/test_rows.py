@@ -8,9 +8,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Collator, Encoder, epoch_plan, load_refusals, load_sets, SlotDataset
+from safeeraser.data import load_refusals, load_sets
+from safeeraser.encoder import Collator, Encoder
+from safeeraser.slots import epoch_plan, SlotDataset
 from safeeraser.model import load_model
-from safeeraser.packing import PackedCollator, Packer
+from safeeraser.packed import PackedCollator
+from safeeraser.packing import Packer
 from safeeraser.trainer import unlearn
 
 SMALL = dict(seed=1, progress=False, max_steps=1, lora_r=4, use_cpu=True, save_strategy="no", per_device_train_batch_size=4, gradient_accumulation_steps=1)

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from safeeraser.core import SafeEraserError
-from safeeraser.generate import write_rows
-from safeeraser.judge import answer_of, exact_judge, judge, judge_rows, rule_judge
+from safeeraser.rows import write_rows
+from safeeraser.judge import judge, judge_rows, rule_judge
+from safeeraser.rows import answer_of
+from safeeraser.world import exact_judge
 from safeeraser.phrases import PHRASES
-from safeeraser.rules import find_gibberish, opens_with_refusal, unknown_language, words_of
-from safeeraser.world import COLOURS, COUNTS, FACTS, FAMILIES, GROUNDS, NAMES, PLACES, RECIPES, REFUSALS, World
+from safeeraser.rules import find_gibberish, unknown_language, words_of
+from safeeraser.pictures import COLOURS, COUNTS, FAMILIES, GROUNDS, PLACES
+from safeeraser.world import FACTS, NAMES, RECIPES, REFUSALS, World
 
 LABELLED = Path(__file__).with_name("labelled_responses.jsonl")
 MEANT = {"refusal": (True, False), "normal": (False, True), "gibberish": (False, False), "no answer": (None, None)}

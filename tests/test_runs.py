@@ -9,7 +9,7 @@ import torch
 from command import command as run
 from PIL import Image
 
-from safeeraser.generate import read_rows, write_rows
+from safeeraser.rows import read_rows, write_rows
 
 FAST = ["max_steps=2", "lora_r=4", "lora_alpha=8", "use_cpu=true", "save_strategy=no"]
 SETS = [a for s in FAST for a in ("--set", s)]
@@ -138,7 +138,7 @@ def test_merge_and_import(runs, tiny, tmp_path):
 
 
 def test_an_adapter_of_another_model(runs, tmp_path):
-    from safeeraser.world import BaseConfig, build_model
+    from safeeraser.tiny_llava import BaseConfig, build_model
     for part in build_model(BaseConfig(width=64, vision_width=32)): part.save_pretrained(tmp_path / "other")
     fails("was trained on another model", "merge", runs / "po+pd", "--out", tmp_path / "merged", "--model", tmp_path / "other")
     fails("was trained on another model", "generate", "--model", tmp_path / "other", "--adapter", runs / "po+pd", "--data", runs / "data" / "dataset", "--out", tmp_path / "out" / "r.jsonl")
@@ -167,7 +167,7 @@ def their_count(records, answers):
 def test_the_published_count_of_the_authors_verdicts(tmp_path):
     "A judged result file: what `report --official` says of it is what its own evaluation prints."
     import random
-    from safeeraser.compare import official_count, read_authors
+    from safeeraser.published import official_count, read_authors
     from safeeraser.data import HarmlessPair, Record, UnsafePair
     draw = random.Random(0)
     text = lambda: " ".join(draw.choices("it stands there because they were standing on a table".split(), k=draw.randint(2, 9)))

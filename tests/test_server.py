@@ -8,8 +8,10 @@ import pytest
 from scripted import scripted, speak
 
 from safeeraser.core import SafeEraserError
-from safeeraser.generate import generate, read_rows
-from safeeraser.judge import answer_of, judge_rows
+from safeeraser.generate import generate
+from safeeraser.rows import read_rows
+from safeeraser.judge import judge_rows
+from safeeraser.rows import answer_of
 from safeeraser.metrics import result_row
 from safeeraser.server import Call, Server, ask_all, check_url, estimate
 

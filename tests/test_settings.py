@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from safeeraser.core import SafeEraserError
 from safeeraser.loss import parse_objective
 from safeeraser.model import load_model
-from safeeraser.runs import read_config
+from safeeraser.settings import read_config
 from safeeraser.sweep import sweep
 from safeeraser.trainer import plan_text, unlearn, UnlearnTrainer
 

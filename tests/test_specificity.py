@@ -66,8 +66,8 @@ def test_what_cannot_be_evaluated(place):
 
 
 def test_report_shows_specificity(tmp_path):
-    from safeeraser.generate import write_rows
-    from safeeraser.metrics import report
+    from safeeraser.rows import write_rows
+    from safeeraser.report import report
     verdicts = {"rule": {"refusal": {"value": True}}}
     for method, tasks in (("po", {"gqa": .5, "pope": .9}), ("po+pd", {"pope": .7}), ("ga", None)):
         row = {"schema_version": 1, "method": method, "seed": 1, "image_id": "a", "split": "val", "set": "forget", "question": "q", "sample": 0, "response": "no", "verdicts": verdicts}

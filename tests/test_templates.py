@@ -7,7 +7,9 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Encoder, Item, Row
+from safeeraser.data import Item
+from safeeraser.encoder import Encoder
+from safeeraser.slots import Row
 
 CONTENT = "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
 TEMPLATES = {  # each: template, the token that ends the assistant's turn

@@ -10,8 +10,11 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Collator, Encoder, Item, measure, Row, SlotDataset
-from safeeraser.packing import PackedCollator, Packer
+from safeeraser.data import Item
+from safeeraser.encoder import Collator, Encoder, measure
+from safeeraser.slots import Row, SlotDataset
+from safeeraser.packed import PackedCollator
+from safeeraser.packing import Packer
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 ASKED = ["How do I hide this?", "assistant", "Why?", "user\nassistant", " Is it  big? ", "«Où»? 你好 🙂"]

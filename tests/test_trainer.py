@@ -8,10 +8,13 @@ import torch
 from transformers import TrainerCallback
 
 from safeeraser.core import SafeEraserError
-from safeeraser.data import KINDS, Encoder, Row, SlotDataset, epoch_plan, load_refusals, load_sets
-from safeeraser.loss import METHODS, Objective, Term, parse_objective
+from safeeraser.data import load_refusals, load_sets
+from safeeraser.encoder import Encoder
+from safeeraser.slots import epoch_plan, Row, SlotDataset
+from safeeraser.loss import METHODS, Objective, Term
 from safeeraser.model import add_adapter, load_adapter, load_model, vanilla
-from safeeraser.trainer import UnlearnConfig, UnlearnTrainer, last_checkpoint, unlearn
+from safeeraser.settings import UnlearnConfig
+from safeeraser.trainer import last_checkpoint, unlearn, UnlearnTrainer
 
 SMALL = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_cpu": True, "save_strategy": "no", "warmup_steps": 0}
 SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd"]
@@ -282,7 +285,8 @@ def test_errors_name_the_remedy(tiny, tmp_path):
 
 
 def test_bfloat16_models_train_in_float32_and_answer(tiny, tmp_path):
-    from safeeraser.generate import generate, read_rows
+    from safeeraser.generate import generate
+    from safeeraser.rows import read_rows
     model, processor = load_model(tiny.model, "cpu")
     for dtype in (torch.float16, torch.bfloat16):
         folder = tmp_path / str(dtype)

@@ -14,11 +14,14 @@ from typer.testing import CliRunner
 
 from safeeraser.cli import app
 from safeeraser.core import SafeEraserError
-from safeeraser.data import Encoder
+from safeeraser.encoder import Encoder
 from safeeraser.export import import_checkpoint, merge
-from safeeraser.generate import generate, read_rows
-from safeeraser.model import add_adapter, load_adapter, load_model, vanilla
-from safeeraser.trainer import batch_tokens, last_checkpoint, make_config, make_trainable, unlearn
+from safeeraser.generate import generate
+from safeeraser.rows import read_rows
+from safeeraser.model import load_adapter, load_model, vanilla
+from safeeraser.predict import batch_tokens
+from safeeraser.settings import make_config
+from safeeraser.trainer import last_checkpoint, make_trainable, unlearn
 from safeeraser.loss import parse_objective
 
 FAST = dict(seed=0, progress=False, max_steps=3, learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1, lora_r=4, lora_alpha=8,
@@ -92,7 +95,9 @@ def test_a_whole_model_is_compared_with_its_frozen_copy(tiny):
     objective, net = parse_objective("kl+pd"), load_model(tiny.model, "cpu")[0]
     args = make_config(tiny.root / "unused", tuning="full", reference_copy=True, method="kl+pd", use_cpu=True)
     model, pristine = make_trainable(copy.deepcopy(net), args, objective), net
-    from safeeraser.data import Collator, load_refusals, load_sets, Slot, SlotDataset
+    from safeeraser.data import load_refusals, load_sets
+    from safeeraser.encoder import Collator
+    from safeeraser.slots import Slot, SlotDataset
     encoder = Encoder(load_model(tiny.model, "cpu")[1])
     batch = Collator(encoder)([SlotDataset(load_sets(tiny.data), load_refusals(tiny.data), objective.kinds)[Slot(0, (0, 1))]])
     tokens = batch_tokens(model, batch, objective)["retain"]
@@ -174,7 +179,7 @@ def sibling(tiny, tmp_path):
 
 def test_an_adapter_of_another_model_is_refused(tiny, sibling, tmp_path):
     "Of the same shape or another, by every verb."
-    from safeeraser.world import BaseConfig, build_model
+    from safeeraser.tiny_llava import BaseConfig, build_model
     run(tiny, tmp_path / "run")
     for part in build_model(BaseConfig(width=64, vision_width=32)): part.save_pretrained(tmp_path / "wide")
     for other, sentence in ((sibling, "was trained on another model"), (tmp_path / "wide", "was trained on another model|does not fit")):

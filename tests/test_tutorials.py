@@ -40,7 +40,8 @@ def test_committed_outputs_say_the_same_on_every_machine(notebook):
 
 def test_hazards_are_folded_in_committed_outputs():
     "The words of a recipe about a hazard appear only behind a click; blur would not do, untrusted notebooks drop it."
-    from safeeraser.world import HAZARDS, INSTRUCTIONS, World
+    from safeeraser.pictures import HAZARDS
+    from safeeraser.world import INSTRUCTIONS, World
     outputs, text = committed(ROOT / "nbs" / "tutorials" / "over_forgetting.ipynb")
     assert sum("image/png" in o["data"] for o in outputs) >= 4
     folded, shown = re.findall("<details>.*?</details>", text), re.sub("<details>.*?</details>", "", text)

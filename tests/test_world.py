@@ -1,5 +1,4 @@
 """The world is what it says: official layout, disjoint splits, a cache that nothing half-written gets into."""
-import json
 import re
 from collections import Counter
 
@@ -9,9 +8,11 @@ from PIL import Image
 
 from safeeraser.core import SafeEraserError
 from safeeraser.data import load_records, load_sets
-from safeeraser.world import (COLOURS, DECOUPLE_FAMILIES, FAMILIES, HARMLESS, HARMLESS_WORDING, HAZARDS, HELD_OUT_FAMILIES, INSTRUCTIONS,
-                              RECIPES, SILHOUETTES, SLOTS, UNSAFE_WORDING, BaseConfig, World, base_model, draw, make_split, make_world,
-                              random_look, write_dataset)
+from safeeraser.pictures import (
+    COLOURS, DECOUPLE_FAMILIES, draw, FAMILIES, HAZARDS, HELD_OUT_FAMILIES, random_look, SILHOUETTES)
+from safeeraser.tiny_llava import base_model, BaseConfig, make_world
+from safeeraser.world import (
+    HARMLESS, HARMLESS_WORDING, INSTRUCTIONS, make_split, RECIPES, SLOTS, UNSAFE_WORDING, World, write_dataset)
 
 TINY = dict(tower_images=2, tower_steps=2, steps=3, caption_steps=1, batch=4, tower_batch=8)
 
@@ -129,7 +130,7 @@ def test_cache_key_knows_the_whole_configuration():
 
 def test_gold_never_hears_a_hazard_recipe():
     import random
-    from safeeraser.world import lesson
+    from safeeraser.tiny_llava import lesson
     world, rng = World(0), random.Random(0)
     looks = [random_look(f, COLOURS, rng) for f in FAMILIES]
     recipes = {world.recipe(f, k) for f in HAZARDS.values() for k in RECIPES}
@@ -155,7 +156,7 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["base model", "dataset", "copy"])
 def test_an_interrupted_world_goes_on(when, tmp_path, cache, monkeypatch):
     "The same command again gives the bytes of a world that was never interrupted; what was begun is not another's."
-    import safeeraser.world as w
+    import safeeraser.tiny_llava as w
     folder = tmp_path / "trained"
     folder.mkdir()
     (folder / "model.safetensors").write_text("weights")

@@ -14,13 +14,13 @@ import torch  # noqa: F401
 import transformers  # noqa: F401
 
 import safeeraser.cli as cli
-import safeeraser.compare  # noqa: F401
+import safeeraser.report  # noqa: F401
 import safeeraser.export  # noqa: F401
 import safeeraser.judges  # noqa: F401
-import safeeraser.official  # noqa: F401
-import safeeraser.plot  # noqa: F401
+import safeeraser.convert  # noqa: F401
+import safeeraser.page  # noqa: F401
 import safeeraser.trainer  # noqa: F401
-import safeeraser.world  # noqa: F401
+import safeeraser.tiny_llava  # noqa: F401
 
 HOW = {"count": 1, "before": 2, "after": 3, "half": 4, "full": 5}
 
