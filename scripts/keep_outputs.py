@@ -1,38 +1,57 @@
-"""Execute notebooks and keep what a reader without a kernel should see: figures and values, not logs.
+"""Execute notebooks and keep what a reader without a kernel should see: values, tables, figures, what a cell prints.
 
-    python scripts/keep_outputs.py nbs/tutorials/over_forgetting.ipynb
+    python scripts/keep_outputs.py                      all of them (some ten minutes)
+    python scripts/keep_outputs.py nbs/30_loss.ipynb    these
 
-Kept is what a cell *shows* (its value, or a figure as PNG). Everything that would differ from run to run goes:
-printed lines and progress bars (they tell times), widgets, execution counts. Needs `pip install kaleido` and a Chromium.
-What is harmful has to be folded or blurred by the notebook itself.
+Kept is what a cell prints and its value, a figure as PNG. What would differ from run to run goes: progress bars, widgets,
+execution counts, and whatever names a folder of this machine, an address in memory or a time. Needs `pip install kaleido`
+and a Chromium. What is harmful has to be folded by the notebook itself.
 """
-import argparse, base64, io, os
+import argparse, base64, io, os, re
 from pathlib import Path
 
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KINDS = "image/png", "text/html", "text/plain"   # the first that an output has is kept
+LOCAL = re.compile(r"/tmp|/home|/root| at 0x|\bseconds?\b|\d s\b|\bs/it|<progress|it/s")  # differs from run to run
+LONG = 6_000                                     # characters of a text beyond which nobody reads
 
 
 def small(png: str) -> str:
     "A base64 PNG with 64 colours: a figure looks the same at a tenth of the size."
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA").quantize(64, method=Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    picture.quantize(64, method=Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 
-def kept(output) -> list:
-    "The output reduced to its best kind; nothing where it is a stream, a widget, or no value (a progress table, say)."
+def printed(output) -> list:
+    "What a cell printed, where it is the same on every machine."
+    if output.name != "stdout" or LOCAL.search(output.text) or len(output.text) > LONG: return []
+    return [nbformat.v4.new_output("stream", name="stdout", text=output.text)]
+
+
+def shown(output) -> list:
+    "A value reduced to its best kind; nothing where it is a widget, a progress table, or differs from run to run."
     data = output.get("data", {})
     kind = next((k for k in KINDS if k in data), None)
     if kind is None or WIDGET in data or (kind, output.output_type) == ("text/html", "display_data"): return []
-    return [nbformat.v4.new_output("display_data", {kind: small(data[kind]) if kind == "image/png" else data[kind]})]
+    if kind == "image/png": return [nbformat.v4.new_output("display_data", {kind: small(data[kind])})]
+    if LOCAL.search(data[kind]) or kind == "text/plain" and len(data[kind]) > LONG: return []
+    return [nbformat.v4.new_output("display_data", {kind: data[kind]})]
 
 
-def keep_outputs(path: Path, timeout: int = 600):
+def kept(cell) -> list:
+    "The outputs of a cell that are worth keeping."
+    if re.match(r"#\|\s*(hide|export|default_exp)", cell.source): return []
+    return [o for output in cell.outputs for o in (printed if output.output_type == "stream" else shown)(output)]
+
+
+def keep_outputs(path: Path, timeout: int = 900):
     "Execute the notebook at `path` and write it back with the outputs worth keeping."
     nb = nbformat.read(path, 4)
     metadata = dict(nb.metadata)
@@ -40,14 +59,15 @@ def keep_outputs(path: Path, timeout: int = 600):
     nb.metadata = metadata
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type != "code": continue
-        cell.execution_count = None
-        cell.outputs = kept(cell.outputs[-1]) if cell.outputs else []   # a cell ends on the value worth seeing
+        if cell.cell_type == "code": cell.execution_count, cell.outputs = None, kept(cell)
     nbformat.write(nb, path)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("notebooks", nargs="*", type=Path)
     os.environ["PLOTLY_RENDERER"] = "png"        # read by plotly in the kernel
-    for notebook in parser.parse_args().notebooks: keep_outputs(notebook)
+    everything = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb")
+    for notebook in parser.parse_args().notebooks or everything:
+        keep_outputs(notebook)
+        print(notebook.name, flush=True)

@@ -140,8 +140,9 @@ def test_report_reads_what_there_is(tmp_path):
     assert report(tmp_path)["rows"] == results["rows"]
     assert pd_effect(results["rows"]) == 1
     assert "PO+PD" in results_table(results) and "100.0        0.0" in pd_table(results)
-    (tmp_path / "results.json").write_text('{"schema_version": 7, "rows": []}')
-    with pytest.raises(SafeEraserError, match="results.json: not a results file of schema version 1"): report(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"schema_version": 7, "rows": []}')
+    with pytest.raises(SafeEraserError, match="results.json: not a results file of schema version 1"): report(tmp_path / "other")
     with pytest.raises(SafeEraserError, match="no such file or folder"): report(tmp_path / "none")
 
 

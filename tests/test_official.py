@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from safeeraser import data as data_module
 from safeeraser.core import SafeEraserError
 from safeeraser.data import load_image, load_refusals, load_sets, Record, settings_of
 from safeeraser.encoder import Encoder, open_image
+from safeeraser.slots import Row
 from safeeraser.check import check_dataset, look_at
 from safeeraser.convert import Asked, convert, make_answers, read_table
 from safeeraser.world import World, write_dataset
@@ -178,7 +178,7 @@ def test_rows_too_long_for_a_model_are_counted_as_training_counts(folder, tiny):
     edit(folder, lambda r: r[3]["unsafe_pairs"][2].update(model_response="red " * 200))
     edit(folder, lambda r: r[4]["UnharmPair_text1"].update(Question="what is <image> ?"))
     out = run("data", "check", folder, "--model", tiny.model)
-    n = len(Encoder(AutoProcessor.from_pretrained(tiny.model)).rows([data_module.Row("forget", load_sets(folder).forget[14], "red " * 199 + "red")])["input_ids"][0])
+    n = len(Encoder(AutoProcessor.from_pretrained(tiny.model)).rows([Row("forget", load_sets(folder).forget[14], "red " * 199 + "red")])["input_ids"][0])
     assert out.code == 2 and "rows that the model cannot take: 2" in out.out
     assert f"record 3, unsafe_pairs[2].model_response: {n} tokens with question and image, more than 128" in out.out and "record 4, UnharmPair_text1: " in out.out
     assert "red red red" not in out.out  # where it stands, not what it says

@@ -94,7 +94,7 @@ def test_an_image_shows_its_look():
 
 def test_two_processes_train_once(tmp_path, run_python):
     from concurrent.futures import ThreadPoolExecutor
-    code = f"from safeeraser.world import *; print(base_model(BaseConfig(seed=1, **{TINY!r}), progress=False))"
+    code = f"from safeeraser.tiny_llava import base_model, BaseConfig; print(base_model(BaseConfig(seed=1, **{TINY!r}), progress=False))"
     env = {"SAFEERASER_CACHE": str(tmp_path)}
     with ThreadPoolExecutor(2) as pool:
         both = [f.result() for f in [pool.submit(run_python, code, env=env) for _ in range(2)]]
