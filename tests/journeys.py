@@ -92,7 +92,7 @@ def check_report(judged: list[Path], out: Path):
 def journey(name: str, precision: str, folder: Path, data: Path) -> dict:
     "One line of the table of families; raises where something that must hold doesn't."
     source = write_model(name, folder / "model", PRECISIONS[precision])
-    generation, training = command("check-packing", source).splitlines()
+    generation, training, _ = command("check-packing", source).splitlines()
     routes = {tuning: unlearn(source, data, folder / tuning, tuning) for tuning in TUNINGS}
     for tuning in TUNINGS: check_weights(source, folder / tuning)
     assert len(set(routes.values())) == 1, routes
