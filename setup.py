@@ -25,6 +25,7 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
+    package_data={cfg["lib_path"]: ["py.typed"]},
     include_package_data=True,
     install_requires=words("requirements"),
     extras_require=extras | {"dev": sum(extras.values(), words("dev_requirements"))},

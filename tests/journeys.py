@@ -1,7 +1,7 @@
 """What a family of models can do, found by doing it: from the files of a published model to a merged one and a report, by
 the commands that a person types, with their progress on.
 
-    python tests/journeys.py   writes benchmarks/results/families.json, from which the README's table is made
+    python tests/journeys.py   writes benchmarks/results/families.json, whose table tutorials/your_model shows
 """
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Every family goes the whole way in both precisions; the table in the README says what was found here."""
+"""Every family goes the whole way in both precisions; the table in tutorials/your_model says what was found here."""
 import json
 from pathlib import Path
 

@@ -83,16 +83,31 @@ def test_a_folder_that_lacks_a_part_is_refused_in_a_sentence(missing, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_the_table_in_the_readme_is_the_one_that_was_measured():
+def test_the_table_of_families_is_the_one_that_was_measured():
     root = Path(__file__).parents[1]
-    cell = next(c for c in json.loads((root / "nbs/index.ipynb").read_text())["cells"] if "families.json" in "".join(c["source"]) and c["cell_type"] == "code")
-    shown = "".join(cell["outputs"][0]["data"]["text/markdown"])
-    assert shown in (root / "README.md").read_text()
+    text = next(t for c in json.loads((root / "nbs/tutorials/your_model.ipynb").read_text())["cells"] if (t := "".join(c["source"])).startswith("## Families"))
     families = json.loads((root / "benchmarks/results/families.json").read_text())["families"]
-    rows = [[x.strip() for x in line.strip("|").split("|")] for line in shown.splitlines()]
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert [r[0] for r in rows[2:]] == list(families) == list(REAL)
     for row in rows[2:]:
         assert dict(zip(rows[0][1:], row[1:])) == {k: f"{v:.0e}" if isinstance(v, float) else {True: "yes", False: "no", None: "-"}.get(v, v) for k, v in families[row[0]].items()}
+
+
+README_NAMES = {"LLaVA": ("llava", "llava, legacy", "llava, tekken"), "LLaVA-NeXT": ("llava_next",), "OneVision": ("llava_onevision",), "InternVL": ("internvl",),
+                "Idefics3": ("idefics3",), "SmolVLM": ("smolvlm",), "Qwen-VL 2 to 3": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl, thinking"),
+                "LLaVA-NeXT with a window": ("llava_next, window",), "Gemma 3": ("gemma3",), "Mllama": ("mllama",), "PaliGemma": ("paligemma",)}
+
+
+def test_the_readme_s_short_table_says_the_same():
+    root = Path(__file__).parents[1]
+    families = json.loads((root / "benchmarks/results/families.json").read_text())["families"]
+    table = (root / "README.md").read_text().split("| tried as |")[1].split("\n\n")[0].splitlines()[2:]
+    told = {name: cells[1:] for cells in ([x.strip() for x in line.strip("|").split("|")] for line in table) for name in cells[0].split(", ")}
+    assert set(told) == set(README_NAMES) and sorted(n for names in README_NAMES.values() for n in names) == sorted(families)
+    for name, (tuned, merged, trained, read) in told.items():
+        for f in (families[n] for n in README_NAMES[name]):
+            assert (tuned == "yes") == (f["lora"] and f["qlora"] and f["full"]) and (merged == "yes") == f["merge"]
+            assert (trained == "image shared") == (f["packing"] == "dense") and (read == "image shared") == (f["generates"] == "shared")
 
 
 def rewrite(file, change):
