@@ -1,6 +1,7 @@
 """The exported package stands on its own, and the repository's files say the same thing."""
 import configparser
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -86,3 +87,9 @@ def test_readme_shows_the_committed_results():
 
 
 def test_the_package_says_that_it_is_typed(): assert (ROOT / "safeeraser" / "py.typed").is_file()
+
+
+def test_contributing_fits_on_a_screen_and_names_files_that_there_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:nbs|tests|scripts|\.github)/[\w/.]+)`", text)
+    assert len(named) > 5 and all((ROOT / name).is_file() for name in named) and len(text.splitlines()) <= 40
