@@ -116,7 +116,7 @@ def test_every_verb_says_what_to_do_next(tiny, tmp_path):
         assert told.startswith(verb) and done.returncode == 0, done.stderr
     assert (run / "judged.jsonl").is_file()
     merged = call("merge", run, "--out", tmp_path / "merged")
-    assert f"next: vllm serve {tmp_path / 'merged'}" in merged.stdout
+    assert f"next: vllm serve {tmp_path / 'merged'}" in merged.stdout and merged.stderr == ""
     checked = call("data", "check", tiny.data)
     assert re.search(r"^next: safeeraser unlearn .*--data", checked.stdout, re.M)
     assert "next:" not in call("data", "check", tiny.data, "--json").stdout

@@ -101,7 +101,7 @@ README_NAMES = {"LLaVA": ("llava", "llava, legacy", "llava, tekken"), "LLaVA-NeX
 def test_the_readme_s_short_table_says_the_same():
     root = Path(__file__).parents[1]
     families = json.loads((root / "benchmarks/results/families.json").read_text())["families"]
-    table = (root / "README.md").read_text().split("| tried as |")[1].split("\n\n")[0].splitlines()[2:]
+    table = (root / "README.md").read_text().split("| families tried |")[1].split("\n\n")[0].splitlines()[2:]
     told = {name: cells[1:] for cells in ([x.strip() for x in line.strip("|").split("|")] for line in table) for name in cells[0].split(", ")}
     assert set(told) == set(README_NAMES) and sorted(n for names in README_NAMES.values() for n in names) == sorted(families)
     for name, (tuned, merged, trained, read) in told.items():
