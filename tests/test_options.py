@@ -1,5 +1,4 @@
 """The command line says everything once: options are the functions' parameters, their help the docments."""
-import ast
 import importlib
 import inspect
 import re
@@ -7,6 +6,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, Union
 
 import pytest
 import typer.main
@@ -45,8 +46,8 @@ def real(function):
 
 
 def sayable(annotation):
-    names = {n.id for n in ast.walk(ast.parse(str(annotation) if not isinstance(annotation, type) else annotation.__name__)) if isinstance(n, ast.Name)}
-    return names and names <= {"str", "Path", "int", "float", "bool", "list"}
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return any(m in (str, Path, int, float, bool, list[str]) for m in members)
 
 
 @pytest.mark.parametrize("key, function", TAKING)
