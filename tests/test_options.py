@@ -111,11 +111,11 @@ def test_every_verb_says_what_to_do_next(tiny, tmp_path):
     run = tmp_path / "my run"
     done = call("unlearn", "--model", tiny.model, "--data", tiny.data, "--method", "gd", "--out", run, "--seed", 2,
                 "--set", "max_steps=1", "--set", "use_cpu=true", "--set", "lora_r=4")
-    for verb in ("generate", "judge"):
+    for verb in ("generate", "judge", "report"):
         told, = re.findall(r"^next: safeeraser (.*)$", done.stdout, re.M)
         done = call(*shlex.split(told))
         assert told.startswith(verb) and done.returncode == 0, done.stderr
-    assert (run / "judged.jsonl").is_file()
+    assert (run / "report.html").is_file() and "report.html in a browser" in done.stdout
     merged = call("merge", run, "--out", tmp_path / "merged")
     assert f"next: vllm serve {tmp_path / 'merged'}" in merged.stdout and merged.stderr == ""
     checked = call("data", "check", tiny.data)
