@@ -8,7 +8,6 @@ from scripted import scripted
 from safeeraser.calibrate import calibration_text
 from safeeraser.explore import labelling_widget
 from safeeraser.published import official_count, to_csv
-from safeeraser.report import compared
 from safeeraser.core import SafeEraserError
 from safeeraser.rows import read_rows, write_rows
 from safeeraser.judge import judge
@@ -53,7 +52,7 @@ def test_it_is_in_no_denominator_and_counted_as_unscored(name, expected, tmp_pat
     assert all(v["value"] is None for r in judged if answer_of(r) is None for v in r["verdicts"][name].values()) and sum(answer_of(r) is None for r in judged) == 5 * len(NONE)
     line, = report(tmp_path)["rows"]
     for m, value in expected.items(): assert (line[m], line[f"{m}_n"], line[f"{m}_unscored"]) == (pytest.approx(value), 5, len(NONE)), m
-    assert len(to_csv(compared(tmp_path).results).splitlines()) == 2
+    assert len(to_csv(report(tmp_path)).splitlines()) == 2
 
 
 def test_what_a_file_says_of_no_answer_is_not_believed():
@@ -85,8 +84,8 @@ def test_as_published_it_counts_as_little(tmp_path):
 def test_it_can_be_shown_and_labelled(tmp_path):
     write_rows(tmp_path / "judged.jsonl", make())
     rows = judge(tmp_path / "judged.jsonl", "exact", tmp_path / "judged.jsonl")
-    shown = compared(tmp_path)
-    assert "po" in report_page(shown.results, shown.sources, shown.judge)
+    shown = report(tmp_path)
+    assert "po" in report_page(shown, shown.sources, shown.judge)
     assert "no answer" in answers_html([next(r for r in rows if r["response"] is None)], tmp_path)
     assert "no question" in calibration_text(rows, "exact")
     widget = labelling_widget(rows, tmp_path / "labels.jsonl")

@@ -5,7 +5,7 @@ import time
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from safeeraser.metrics import _rouge_l, MEASURES, rouge
+from safeeraser.metrics import rouge_l, MEASURES, rouge
 
 
 def row(response, reference, **more): return {"response": response, "reference": reference, "verdicts": {}, **more}
@@ -18,13 +18,13 @@ def test_it_is_rouge_scores_number_on_ascii(stems):
     rng, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=stems)
     for _ in range(300):
         reference, response = (random_text(rng, rng.randrange(0, 40)) for _ in range(2))
-        assert tuple(_rouge_l(reference, response, stems)) == tuple(scorer.score(reference, response)["rougeL"]), (reference, response)
+        assert tuple(rouge_l(reference, response, stems)) == tuple(scorer.score(reference, response)["rougeL"]), (reference, response)
 
 
 def test_stemmed_is_the_published_count_in_any_script():
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     for a, b in (("Größe 5 cups", "Grüße 5 cup"), ("杯子 red", "red 盒子"), ("Чашка", "Чашка")):
-        assert tuple(_rouge_l(a, b, stems=True)) == tuple(scorer.score(a, b)["rougeL"])
+        assert tuple(rouge_l(a, b, stems=True)) == tuple(scorer.score(a, b)["rougeL"])
 
 
 @pytest.mark.parametrize("text, other", [
@@ -57,5 +57,5 @@ def test_long_texts_and_many_take_little_time():
     texts = [" ".join(rng.choices(lexicon, k=60)) for _ in range(5001)]
     begun = time.process_time()
     for stems in (False, True):
-        for a, b in zip(texts, texts[1:]): _rouge_l(a, b, stems)
+        for a, b in zip(texts, texts[1:]): rouge_l(a, b, stems)
     assert time.process_time() - begun < 6
