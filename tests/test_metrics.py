@@ -162,7 +162,7 @@ def test_figures_carry_the_numbers():
     assert [list(t.y) for t in figure.data] == [[100.0], [25.0]] * 2  # known families, held-out families
     assert "25% after GA+PD" in figure.layout.title.text and "-75%" in figure.layout.annotations[0].text
     assert figure.data[1].error_y.array[0] == pytest.approx(10) and figure.data[0].error_y.array[0] == pytest.approx(0)
-    assert len(tradeoff_figure(make_results(rows, {}, {})).data) == 3
+    assert [(t.name, t.y[0]) for t in tradeoff_figure(make_results(rows, {}, {})).data[3:]] == [("vanilla", 0), ("GA", 100), ("GA+PD", 25)]  # SARR, the second panel
 
 
 def test_model_output_is_escaped_and_harm_blurred(tiny):
