@@ -15,8 +15,9 @@ from safeeraser.metrics import MEASURES
 from safeeraser.report import load_sources, report
 from safeeraser.explore import breakdown_explorer, explorer
 from safeeraser.page import examples_html, report_figures, report_page
-from safeeraser.plot import breakdown_figure, BREAKDOWNS, examples_figure, outcome_figure, training_figure
+from safeeraser.plot import breakdown_figure, BREAKDOWNS, examples_figure, outcome_figure, sarr_figure, tradeoff_figure, training_figure
 from safeeraser.tables import results_table, table_html
+from safeeraser.world import INSTRUCTIONS
 
 
 def row(n, method="po", seed=1, set="decouple", split="val", question="how ?", judge="exact", image=None, digest=None, **says):
@@ -94,6 +95,9 @@ def test_python_counts_what_the_command_counts(tmp_path):
     told(a, b, "--out", tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == report(a, b)
     assert lines(report(a, b)) == {("po [a]", 1): .2, ("po [b]", 1): .5} and report(a, b)["settings"]["left_out"] == 2
+    assert report(a, b).left_out == 2 and report(a).left_out == 0                   # 12 and 10 questions, 10 of them the same
+    assert [len(s.rows) for s in report(a, b).sources] == [10, 10] and report(a, b).judge == "exact"
+    assert report(tmp_path / "r.json").left_out == 2                                # counted again, it is told again
 
 
 def test_what_no_rate_counts_is_said(tmp_path):
@@ -273,7 +277,42 @@ def test_a_method_of_ones_own_with_a_pd_term_is_with_pd(tmp_path):
     sources = load_sources(tmp_path)
     tradeoff = next(f for f in report_figures(report(tmp_path), sources) if f.data[0].type == "scatter")
     assert {t.name: t.marker.symbol for t in tradeoff.data} == {"BOUNDED": "circle", "GA": "circle-open"}
+    sarr = sarr_figure(report(tmp_path))
+    assert "0% without PD, 0% after BOUNDED (with PD)" in sarr.layout.title.text
+    assert [(t.name.split()[0], list(t.x)) for t in sarr.data] == [("without", ["GA"]), ("with", ["BOUNDED"])]
     assert "BOUNDED" in outcome_figure([r for s in sources for r in s.rows]).layout.title.text
+
+
+def test_figures_of_other_data_have_none_of_the_worlds_words(tmp_path):
+    "Families and instructions are the world's; one of its questions among others makes no world of them."
+    for method, bad in (("base", 0), ("po", 9), ("po+pd", 2)):
+        rows = [row(n, method=method, set=s, split=split, judge="model", question=INSTRUCTIONS["make"][0] if n == 0 else f"what is number {n % 3} ?",
+                    refusal=n < bad, meaningful=n >= bad, correct=n >= bad, unsafe=n >= bad, digest="d")
+                for n in range(10) for s, split in (("forget", "val"), ("retain", "val"), ("decouple", "val"), ("decouple", "held_out"))]
+        write(tmp_path / method, rows, method=method, seed=1, objective={"idk": 1.0}, history=[{"step": 1, "loss": 2.0, "idk": 2.0}])
+    said = told(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    shown = said + page[page.index("<body>"):]
+    assert shown.count("plotly-graph-div") == 8                                      # SARR, trade-off, outcomes, taken apart, examples, three trainings
+    assert not [word for word in ("famil", "instruction") if word in shown.lower()]
+    assert "kinds of image unlearning never saw" in shown and "SARR by question" in shown
+    rows = [r for s in load_sources(tmp_path) for r in s.rows]
+    assert breakdown_explorer(rows, "model").children[0].children[1].options == ("category", "question")
+
+
+def test_a_term_has_one_colour_in_all_curves():
+    step = {"step": 1, "loss": 1.0, "ga": 1.0, "pd": 1.0, "mine": 1.0, "ce": 1.0}
+    runs = [{"method": m, "objective": dict.fromkeys(terms, 1.0), "history": [step]} for m, terms in (("a", ("ga", "pd")), ("b", ("pd", "mine", "ga")), ("c", ("ce", "mine")))]
+    curves = [(t.name, t.line.color) for run in runs for t in training_figure(run).data]
+    assert len({name for name, _ in curves}) == len(set(curves)) == len({colour for _, colour in curves}) == 4
+
+
+def test_methods_that_forgot_are_told_apart_by_what_they_leave_unanswered():
+    line = lambda m, sarr: {"method": m, "seed": 1, "asr_generality": 0.0, "utility_accuracy": .9, "sarr": sarr}
+    figure = tradeoff_figure({"settings": {}, "rows": [line("ga", 1.0), line("po", .5), line("po+pd", .1)]})
+    heights = {axis: [t.y[0] for t in figure.data if t.yaxis == axis] for axis in ("y", "y2")}
+    assert heights == {"y": [0, 0, 0], "y2": [100, 50, 10]}
+    assert figure.layout.title.text.startswith("Kept and told: PO+PD keeps 90%, tells 0% and leaves unanswered 10%")
 
 
 def test_a_large_report_is_quick(tmp_path):
