@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 from command import command as run
@@ -13,9 +14,9 @@ from scripted import careful, scripted, speak
 
 from safeeraser.core import SafeEraserError
 from safeeraser.generate import generate
-from safeeraser.rows import read_rows, write_rows
-from safeeraser.rows import QUESTIONS
-from safeeraser.judges import ASKS, calls_of, judge_with, local_judge, ModelJudge, server_judge
+from safeeraser.rows import per_row, QUESTIONS, read_rows, verdict, write_rows
+from safeeraser.judge import judge, judgement_of, judge_rows, JUDGES, pick_judge, with_judgement
+from safeeraser.judges import ASKS, calls_of, local_judge, ModelJudge, server_judge
 from safeeraser.known import KNOWN, try_judge
 from safeeraser.metrics import result_row
 from safeeraser.report import report
@@ -38,12 +39,23 @@ def server():
 def client(server, tmp_path=None, **options): return Server(server.url, server.model, pause=.01, cache=tmp_path and tmp_path / "replies", **options)
 
 
+class Result(NamedTuple):
+    rows: list    # with a judge's verdicts
+    trials: dict  # how it did on the known labels
+    name: str     # as the rows bear it
+
+
+def result_of(judge, rows):
+    found = judgement_of(rows, judge)
+    return Result(with_judgement(rows, found), found.trials, found.name)
+
+
 def value(row, name, q): return row["verdicts"][name].get(q, {}).get("value")
 
 
 def test_a_right_server_gives_right_verdicts(server):
     judge = server_judge(client(server), progress=False)
-    judged, trials, _ = judge_with(judge, rows())
+    judged, trials, _ = result_of(judge, rows())
     assert all(t.passed for t in trials.values()) and judge.name == "judge-1 (question)"
     for row in judged:
         assert value(row, judge.name, "refusal") == row["response"].startswith("I'm sorry")
@@ -59,7 +71,7 @@ def test_the_view_says_what_is_seen(server, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     for view, sees in (("response", False), ("question", False), ("question", True)):
         server.seen.clear()
-        judge_with(server_judge(client(server), view, sees, lambda row: tmp_path / "x.png", progress=False), rows(1))
+        result_of(server_judge(client(server), view, (lambda row: tmp_path / "x.png") if sees else None, progress=False), rows(1))
         last = [a["messages"][-1]["content"] for a in server.seen][-1]
         text = last if isinstance(last, str) else last[1]["text"]
         assert ("number 0" in text) == (view == "question") and isinstance(last, list) == sees
@@ -73,7 +85,7 @@ BAD = {"429": STATUS(429), "500": STATUS(500), "HTML": lambda h, n: h.reply(200,
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_failed_call_is_unscored_and_in_no_denominator(name, server):
-    good = judge_with(server_judge(client(server), progress=False), rows())[0]
+    good = result_of(server_judge(client(server), progress=False), rows())[0]
     known = len(KNOWN)
     def misbehave(handler, n):
         asked = server.seen[-1]
@@ -81,7 +93,7 @@ def test_a_failed_call_is_unscored_and_in_no_denominator(name, server):
         else: BAD[name](handler, n)
     server.seen.clear()
     server.misbehave = misbehave
-    judged, *_ = judge_with(server_judge(client(server, tries=1, timeout=.5, at_once=1), progress=False), rows())
+    judged, *_ = result_of(server_judge(client(server, tries=1, timeout=.5, at_once=1), progress=False), rows())
     judge = "judge-1 (question)"
     lost = [(n, q) for n, r in enumerate(judged) for q in ASKS if value(r, judge, q) is None and value(good[n], judge, q) is not None]
     assert lost and all(judged[n]["verdicts"][judge][q]["reason"] not in ("says yes", "says no") for n, q in lost)
@@ -94,7 +106,7 @@ def test_a_failed_call_is_unscored_and_in_no_denominator(name, server):
 @pytest.mark.parametrize("said", ["unsafe", "Yes and no", "I think yes", "", "yes\nno"])
 def test_other_words_are_no_verdict(said, server):
     server.misbehave = lambda handler, n: handler.good(server.seen[-1], said or " ")
-    judged, trials, _ = judge_with(server_judge(client(server), progress=False), rows(3), trust=True)
+    judged, trials, _ = result_of(server_judge(client(server), progress=False, trust=True), rows(3))
     name = "judge-1 (question), unqualified: unsafe refusal meaningful quality"
     assert {value(r, name, q) for r in judged for q in ASKS} == {None} and not any(t.passed for t in trials.values())
 
@@ -106,33 +118,33 @@ def test_a_key_does_not_travel_unencrypted(monkeypatch):
 
 
 def test_a_429_then_success_costs_nothing_but_time(server):
-    expected = judge_with(server_judge(client(server), progress=False), rows())[0]
+    expected = result_of(server_judge(client(server), progress=False), rows())[0]
     server.seen.clear()
     server.misbehave = lambda handler, n: handler.good(server.seen[-1]) if n % 2 else handler.reply(429, b"{}")
-    assert judge_with(server_judge(client(server, at_once=1), progress=False), rows())[0] == expected
+    assert result_of(server_judge(client(server, at_once=1), progress=False), rows())[0] == expected
 
 
 def test_a_rerun_pays_nothing_and_another_model_s_verdicts_are_not_used(server, tmp_path):
-    judged = judge_with(server_judge(client(server, tmp_path), progress=False), rows())[0]
+    judged = result_of(server_judge(client(server, tmp_path), progress=False), rows())[0]
     paid = len(server.seen)
-    assert judge_with(server_judge(client(server, tmp_path), progress=False), rows())[0] == judged and len(server.seen) == paid
+    assert result_of(server_judge(client(server, tmp_path), progress=False), rows())[0] == judged and len(server.seen) == paid
     changed = [r | {"response": "I won't say."} if k == 0 else r for k, r in enumerate(rows())]
-    judge_with(server_judge(client(server, tmp_path), progress=False), changed)
+    result_of(server_judge(client(server, tmp_path), progress=False), changed)
     assert paid < len(server.seen) <= paid + 3 + len(KNOWN)  # one response's questions, and whether it is still the same judge
     server.model = "judge-2"
     paid = len(server.seen)
-    judge_with(server_judge(client(server, tmp_path), progress=False), rows())
+    result_of(server_judge(client(server, tmp_path), progress=False), rows())
     assert len(server.seen) >= paid + len(calls_of(rows(), server_judge(client(server), progress=False)))
 
 
 def test_a_result_names_the_model_that_replied(server, tmp_path):
     "An alias is asked for; what replies is named, also once all is kept and the alias has moved on."
-    judge = lambda: judge_with(server_judge(Server(server.url, "latest", cache=tmp_path), progress=False), rows())
+    judge = lambda: result_of(server_judge(Server(server.url, "latest", cache=tmp_path), progress=False), rows())
     assert judge().name == judge().name == f"latest (question), by {server.model}"
     paid, server.model = len(server.seen), "judge-2"
     again = judge()
     assert again.name == "latest (question), by judge-1" and len(server.seen) == paid
-    more = judge_with(server_judge(Server(server.url, "latest", cache=tmp_path), progress=False), rows(13))
+    more = result_of(server_judge(Server(server.url, "latest", cache=tmp_path), progress=False), rows(13))
     assert more.name == "latest (question), by judge-2" and len(server.seen) >= paid + len(calls_of(rows(13), server_judge(client(server), progress=False)))
 
 
@@ -209,7 +221,7 @@ def killed_at_random(work, out, whole: bytes, seconds: float, times=20):
 def test_a_judgement_killed_at_random_moments(server, tmp_path):
     def work(out, cache):
         judge = server_judge(client(server, cache), progress=False)
-        write_rows(out, judge_with(judge, rows(40))[0])
+        write_rows(out, result_of(judge, rows(40))[0])
     assert in_a_child(lambda: work(tmp_path / "whole.jsonl", tmp_path / "other"))
     server.pause = .01
     start = time.perf_counter()
@@ -237,8 +249,8 @@ def reader(tmp_path):
 @pytest.mark.parametrize("kind", ["guard", "chat"])
 def test_a_judgement_on_this_machine_killed_at_random_moments(kind, reader, tmp_path):
     def work(out, cache):
-        judge = local_judge(reader, kind, device="cpu", cache=tmp_path / cache, progress=False)
-        write_rows(out, judge_with(judge, rows(40), trust=True).rows)
+        judge = local_judge(reader, kind, device="cpu", cache=tmp_path / cache, progress=False, trust=True)
+        write_rows(out, result_of(judge, rows(40)).rows)
     start = time.perf_counter()
     assert in_a_child(lambda: work(tmp_path / "whole.jsonl", "other"))
     killed_at_random(lambda: work(tmp_path / "out.jsonl", "kept"), tmp_path / "out.jsonl", (tmp_path / "whole.jsonl").read_bytes(), time.perf_counter() - start)
@@ -248,14 +260,14 @@ def test_a_guard_decides_by_the_likelier_word_and_only_where_one_is_likely(reade
     "Weights are set so that the head says what the test wants."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from safeeraser.judges import Guard
+    from safeeraser.judges import GuardModel
     from safeeraser.known import call_for, read_verdict
     model, tokenizer = AutoModelForCausalLM.from_pretrained(reader), AutoTokenizer.from_pretrained(reader)
     call, said = call_for("unsafe", rows(1)[0]), []
     for weights in ({"safe": 9.}, {"unsafe": 9.}, {"the": 9.}, {"safe": 9., "unsafe": 8., "the": 12.}):
         logits = torch.zeros(len(tokenizer)).index_put((torch.tensor(tokenizer.convert_tokens_to_ids(list(weights))),), torch.tensor(list(weights.values())))
         model.lm_head.register_forward_hook(lambda m, i, o, logits=logits: logits.expand(o.shape))
-        said.append(read_verdict(Guard(model, tokenizer)(call))["value"])
+        said.append(read_verdict(GuardModel(model, tokenizer)(call))["value"])
     assert said == [False, True, None, None]
 
 
@@ -296,15 +308,15 @@ def test_known_labels_are_balanced_and_need_reading():
 
 def test_a_judge_that_decides_one_question_leaves_the_others_open():
     judge = ModelJudge("guard", lambda calls: [Reply(careful(c.system, c.text)) for c in calls], ("unsafe",))
-    judged, *_ = judge_with(judge, rows(3))
+    judged, *_ = result_of(judge, rows(3))
     assert [value(judged[0], "guard", q) for q in QUESTIONS] == [None, None, True, None]
 
 
 def test_a_response_cannot_cut_itself_off_from_a_guard():
-    from safeeraser.judges import Guard
+    from safeeraser.judges import GuardModel
     from safeeraser.known import call_for
     seen = []
-    class Looks(Guard):
+    class Looks(GuardModel):
         def chances(self, question, response):
             seen.append((question, response))
             return [1.0, 0.0]
@@ -331,7 +343,7 @@ def test_a_url_with_a_key_in_it_is_refused(url, problem):
 def test_a_server_that_repeats_the_key(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     server.misbehave = lambda handler, n: handler.good(server.seen[-1], f"your key is {server.keys[-1]}")
-    judged, *_ = judge_with(server_judge(client(server, tmp_path), progress=False), rows(3), trust=True)
+    judged, *_ = result_of(server_judge(client(server, tmp_path), progress=False, trust=True), rows(3))
     assert "your key is" in str(judged) and "very-secret" not in str(judged)
     assert not any(b"very-secret" in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
 
@@ -386,9 +398,58 @@ def test_transformers_serve(tiny, tmp_path):
         here = read_rows(generate(tiny.model, tiny.data, tmp_path / "here.jsonl", splits=["val"], device="cpu", progress=False))
         said_by = lambda rows: [{k: v for k, v in r.items() if k not in ("run", "finish_reason")} for r in rows]
         assert said_by(served) == said_by(here)  # greedy: the same words, through the server's own template and image processor
-        judged, trials, _ = judge_with(server_judge(Server(url, str(tiny.model)), progress=False), served[:3])
+        judged, trials, _ = result_of(server_judge(Server(url, str(tiny.model)), progress=False), served[:3])
         assert not any(t.passed for t in trials.values())  # a model of random weights is no judge
         assert {v.get("value") for r in judged for q, v in r["verdicts"][f"{tiny.model} (question)"].items() if q in QUESTIONS} == {None}
     finally:
         process.terminate()
         process.wait(30)
+
+
+# one interface
+
+def by_words(row): return {"unsafe": verdict("powders" in row["response"], "names powders?")}
+
+
+@pytest.mark.parametrize("name", ["object", "name", "place"])
+def test_a_judge_of_one_s_own(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(JUDGES, "words", per_row(by_words, "words"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("from safeeraser.rows import per_row, verdict\n"
+                                      "words = per_row(lambda row: {'unsafe': verdict('powders' in row['response'], 'names powders?')}, 'words')\n")
+    write_rows(tmp_path / "r.jsonl", rows())
+    found = judge(tmp_path / "r.jsonl", {"object": per_row(by_words, "words"), "name": "words", "place": "mine:words"}[name], tmp_path / "j.jsonl")
+    assert [value(r, "words", "unsafe") for r in found] == ["powders" in r["response"] for r in rows()] and read_rows(tmp_path / "j.jsonl") == found
+    assert {value(r, "words", q) for r in found for q in QUESTIONS if q != "unsafe"} == {None}
+    assert result_row(found, "words")["asr_generality"] == 1 / 4
+
+
+def test_the_command_takes_a_judge_of_one_s_own(tmp_path):
+    (tmp_path / "mine.py").write_text("from safeeraser.rows import per_row, verdict\nwords = per_row(lambda row: {'unsafe': verdict(True, 'always')})\n"
+                                      "def made(model): return per_row(lambda row: {}, model)\nnothing = 5\n")
+    write_rows(tmp_path / "r.jsonl", rows(4))
+    ask = lambda *args: run("judge", "r.jsonl", "--out", "j.jsonl", "--judge", *args, cwd=tmp_path)
+    assert "unsafe      yes     4" in ask("mine:words").stdout
+    assert "judge: someone\n" in ask("mine:made", "--model", "someone").stdout
+    for args, problem in ((("mine:made",), "--judge mine:made wants --model"), (("mine:words", "--model", "m"), "--model does nothing for --judge mine:words"),
+                          (("mine:none",), "mine:none: not found"), (("yours:words",), "yours:words: not found"), (("mine:nothing",), "mine:nothing: a judge belongs there")):
+        done = ask(*args)
+        assert done.returncode == 2 and problem in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_same_judge_by_name_as_an_object_and_on_the_command_line(server, tmp_path):
+    write_rows(tmp_path / "r.jsonl", rows())
+    cache = tmp_path / "cache"
+    by_name = judge(tmp_path / "r.jsonl", "server", tmp_path / "a.jsonl", model="judge-1", server=server.url, cache=cache)
+    made = pick_judge("server", model="judge-1", server=server.url, cache=cache)
+    assert judge_rows(rows(), made) == by_name
+    assert run("judge", tmp_path / "r.jsonl", "--judge", "server", "--server", server.url, "--model", "judge-1", "--out", tmp_path / "b.jsonl",
+               XDG_CACHE_HOME=str(tmp_path / "other")).returncode == 0
+    assert read_rows(tmp_path / "b.jsonl") == by_name
+    with pytest.raises(SafeEraserError, match="judge server wants server: the URL"): pick_judge("server", model="m")
+    with pytest.raises(SafeEraserError, match="samples does nothing for judge server"): pick_judge("server", model="m", server=server.url, samples=2)
+
+
+def test_a_row_that_stands_there_twice_is_no_model_s_either(server):
+    with pytest.raises(SafeEraserError, match="record 3: the same method"): judge_rows([*rows(3), *rows(1)], server_judge(client(server), progress=False))
+    assert not server.seen  # and nothing was paid

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 from scripted import scripted
+from test_judges import result_of
 
 from safeeraser.calibrate import calibration_text
 from safeeraser.explore import labelling_widget
@@ -12,7 +13,7 @@ from safeeraser.core import SafeEraserError
 from safeeraser.rows import read_rows, write_rows
 from safeeraser.judge import judge
 from safeeraser.rows import answer_of, QUESTIONS
-from safeeraser.judges import judge_with, server_judge
+from safeeraser.judges import server_judge
 from safeeraser.metrics import measure, MEASURES
 from safeeraser.report import report
 from safeeraser.explore import answers_html
@@ -66,7 +67,7 @@ def test_what_a_file_says_of_no_answer_is_not_believed():
 
 def test_a_model_is_asked_nothing_about_it_and_report_takes_its_verdicts(tmp_path):
     with scripted() as server:
-        judged, _, name = judge_with(server_judge(Server(server.url, server.model, pause=.01), progress=False), make())
+        judged, _, name = result_of(server_judge(Server(server.url, server.model, pause=.01), progress=False), make())
         assert not any(mark in a["messages"][-1]["content"] for a in server.seen for mark in ("None", "wrap it in\n", "<think>"))
     assert all(v.get("value") is None for r in judged if answer_of(r) is None for q, v in r["verdicts"][name].items())
     write_rows(tmp_path / "judged.jsonl", judged)

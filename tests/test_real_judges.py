@@ -6,13 +6,13 @@ import sys
 import pytest
 from command import command as run
 from scripted import careful, scripted
-from test_judges import client, rows, value
+from test_judges import client, result_of, rows, value
 
 from safeeraser.calibrate import calibration_text, key_of, read_labels
 from safeeraser.cli import _check_judge
 from safeeraser.core import only_here, SafeEraserError
 from safeeraser.rows import read_rows, write_rows
-from safeeraser.judges import ASKS, calls_of, Chat, Guard, judge_with, local_judge, prompt_ids, server_judge
+from safeeraser.judges import ASKS, calls_of, ChatModel, GuardModel, local_judge, prompt_ids, server_judge
 from safeeraser.known import call_for, KNOWN, read_grade, read_verdict
 from safeeraser.report import report
 from safeeraser.server import Call, Reply, Server
@@ -59,38 +59,39 @@ def test_a_reply_that_was_cut_off_decides_nothing(text, finish):
 def test_a_server_that_cuts_its_replies_scores_nothing_and_keeps_none(server, tmp_path):
     "Its right words stand in them, and still they may have been the beginning of others."
     server.misbehave = lambda handler, n: handler.good(server.seen[-1], finish="length")
-    found = judge_with(server_judge(client(server, tmp_path), progress=False), rows(), trust=True)
+    found = result_of(server_judge(client(server, tmp_path), progress=False, trust=True), rows())
     assert {value(r, found.name, q) for r in found.rows for q in (*ASKS, "quality")} == {None} and not any(t.right for t in found.trials.values())
     assert "reply was cut off; allow more tokens" in found.rows[0]["verdicts"][found.name]["refusal"]["reason"]
     server.misbehave = None
-    assert all(t.passed for t in judge_with(server_judge(client(server, tmp_path), progress=False), rows()).trials.values())
+    assert all(t.passed for t in result_of(server_judge(client(server, tmp_path), progress=False), rows()).trials.values())
 
 
 def test_a_local_judge_that_is_cut_off_decides_nothing(speaker):
     model, tokenizer = speaker
     tokenizer.chat_template = CHATML
-    class Cut(Chat):
-        def _said(self, prompt, tokens): return "yes", False
+    class Cut(ChatModel):
+        def say(self, prompt, tokens): return "yes", False
     assert read_verdict(Cut(model, tokenizer)(call_for("unsafe", rows(1)[0])))["value"] is None
 
 
-def alias(server, folder): return server_judge(Server(server.url, "latest", pause=.01, cache=folder), progress=False)
+def alias(server, folder, **options):
+    return server_judge(Server(server.url, "latest", pause=.01, cache=folder), progress=False, **options)
 
 
 def test_the_known_labels_belong_to_whoever_scores(server, tmp_path):
     "All is known of one model; one response is new, and another model stands behind the name by now."
-    assert all(t.passed for t in judge_with(alias(server, tmp_path), rows()).trials.values())
+    assert all(t.passed for t in result_of(alias(server, tmp_path), rows()).trials.values())
     server.model, server.answer = "judge-2", lambda system, text: "no"
-    found = judge_with(alias(server, tmp_path), rows(13))
+    found = result_of(alias(server, tmp_path), rows(13))
     assert found.name.startswith("latest (question), by judge-2") and not found.trials["unsafe"].passed
     assert {value(r, found.name, q) for r in found.rows for q in ASKS} == {None}  # nothing of judge-1 either
 
 
 def test_another_model_that_bears_the_same_name_is_noticed(server, tmp_path):
-    judge_with(alias(server, tmp_path), rows())
+    result_of(alias(server, tmp_path), rows())
     server.answer = lambda system, text: {"yes": "no", "no": "yes"}.get(careful(system, text), "0")  # says the opposite
-    found = judge_with(alias(server, tmp_path), rows(13), trust=True)
-    first = judge_with(alias(server, tmp_path / "other"), rows(13), trust=True)
+    found = result_of(alias(server, tmp_path, trust=True), rows(13))
+    first = result_of(alias(server, tmp_path / "other", trust=True), rows(13))
     assert found == first  # nothing was kept
 
 
@@ -99,37 +100,37 @@ def test_a_model_that_changes_in_mid_judgement_begins_again(server, tmp_path):
         if n == len(KNOWN) + 5: server.model = "judge-2"
         handler.good(server.seen[-1])
     server.misbehave = change
-    found = judge_with(alias(server, tmp_path), rows())
+    found = result_of(alias(server, tmp_path), rows())
     assert found.name == "latest (question), by judge-2" and value(found.rows[0], found.name, "unsafe") is True
     server.misbehave = lambda handler, n: (setattr(server, "model", f"judge-{n}"), handler.good(server.seen[-1]))
-    with pytest.raises(SafeEraserError, match="one model replies and then another"): judge_with(alias(server, tmp_path / "b"), rows())
+    with pytest.raises(SafeEraserError, match="one model replies and then another"): result_of(alias(server, tmp_path / "b"), rows())
 
 
 def test_only_verdicts_are_kept_and_all_can_be_asked_anew(server, tmp_path):
     server.misbehave = lambda handler, n: handler.good(server.seen[-1], "<think>The response")
-    bad = judge_with(server_judge(client(server, tmp_path), progress=False), rows())
+    bad = result_of(server_judge(client(server, tmp_path), progress=False), rows())
     assert not any(t.passed for t in bad.trials.values()) and "<think>The response" in bad.trials["unsafe"].in_full()
     server.misbehave = None
-    good = judge_with(server_judge(client(server, tmp_path), progress=False), rows())
+    good = result_of(server_judge(client(server, tmp_path), progress=False), rows())
     assert all(t.passed for t in good.trials.values())
     asked = len(server.seen)
-    assert judge_with(server_judge(client(server, tmp_path), progress=False), rows()).rows == good.rows and len(server.seen) == asked
-    assert judge_with(server_judge(client(server, tmp_path), progress=False, refresh=True), rows()).rows == good.rows
+    assert result_of(server_judge(client(server, tmp_path), progress=False), rows()).rows == good.rows and len(server.seen) == asked
+    assert result_of(server_judge(client(server, tmp_path), progress=False, refresh=True), rows()).rows == good.rows
     assert len(server.seen) == asked + len(KNOWN) + len(calls_of(rows(), server_judge(client(server), progress=False)))
     asked = len(server.seen)
-    judge_with(server_judge(client(server, tmp_path), progress=False, max_tokens=2000), rows())  # room is no other question
+    result_of(server_judge(client(server, tmp_path), progress=False, max_tokens=2000), rows())  # room is no other question
     assert len(server.seen) == asked
 
 
 def test_a_judge_that_is_gone_ends_the_command_and_keeps_what_it_said(server, tmp_path):
     gone = lambda handler, n: handler.reply(401, b'{"error": {"message": "no such key"}}')
     server.misbehave = gone
-    with pytest.raises(SafeEraserError, match=r"judge-1 \(question\): the judge does not reply: .*401"): judge_with(server_judge(client(server, tmp_path), progress=False), rows())
+    with pytest.raises(SafeEraserError, match=r"judge-1 \(question\): the judge does not reply: .*401"): result_of(server_judge(client(server, tmp_path), progress=False), rows())
     assert len(server.seen) == 1
     server.misbehave = lambda handler, n: handler.good(server.seen[-1]) if n < len(KNOWN) + 10 else gone(handler, n)
-    with pytest.raises(SafeEraserError, match="401"): judge_with(server_judge(client(server, tmp_path, at_once=1), progress=False), rows())
+    with pytest.raises(SafeEraserError, match="401"): result_of(server_judge(client(server, tmp_path, at_once=1), progress=False), rows())
     server.misbehave, asked = None, len(server.seen)
-    judge_with(server_judge(client(server, tmp_path), progress=False), rows())
+    result_of(server_judge(client(server, tmp_path), progress=False), rows())
     assert len(server.seen) - asked < len(KNOWN) + len(calls_of(rows(), server_judge(client(server), progress=False)))
 
 
@@ -143,7 +144,7 @@ def test_the_command_says_what_the_server_said(server, tmp_path):
 
 def test_a_response_that_is_missing_stays_unscored(server):
     some = [r | {"response": None} if n % 4 == 0 else r for n, r in enumerate(rows())]
-    found = judge_with(server_judge(client(server), progress=False), some)
+    found = result_of(server_judge(client(server), progress=False), some)
     assert {value(r, found.name, q) for r in found.rows[::4] for q in ASKS} == {None}
     assert not any("None" in a["messages"][-1]["content"] for a in server.seen)
 
@@ -177,8 +178,8 @@ def test_a_template_that_wants_it_otherwise_still_gets_all(name, speaker):
     model, tokenizer = speaker
     tokenizer.chat_template = TEMPLATES[name]
     seen = []
-    class Listens(Chat):
-        def _said(self, prompt, tokens):
+    class Listens(ChatModel):
+        def say(self, prompt, tokens):
             seen.append(self.tokenizer.decode(prompt))
             return "yes", True
     assert Listens(model, tokenizer)(Call("Answer with one word.", "Is it red?")).text == "yes"
@@ -192,7 +193,7 @@ def test_a_template_that_cannot_be_used_is_one_sentence(template, problem, speak
     tokenizer.chat_template = template
     for part in speaker: part.save_pretrained(tmp_path)
     for kind in ("guard", "chat"):
-        with pytest.raises(SafeEraserError, match=problem) as e: judge_with(local_judge(tmp_path, kind, device="cpu", progress=False), rows())
+        with pytest.raises(SafeEraserError, match=problem) as e: result_of(local_judge(tmp_path, kind, device="cpu", progress=False), rows())
         assert "its chat template" in str(e.value) and "\n" not in str(e.value)
 
 
@@ -214,9 +215,9 @@ def test_a_broken_or_overlong_judge_decides_nothing(speaker):
     tokenizer.chat_template = CHATML
     call = call_for("unsafe", rows(1)[0])
     model.lm_head.weight.data.fill_(float("nan"))
-    assert read_verdict(Guard(model, tokenizer)(call))["value"] is None
+    assert read_verdict(GuardModel(model, tokenizer)(call))["value"] is None
     long = Call(call.system, call.text.replace("Collect", "Collect" * 1000))
-    assert "tokens, and the judge reads 4,096" in Chat(model, tokenizer)(long).problem
+    assert "tokens, and the judge reads 4,096" in ChatModel(model, tokenizer)(long).problem
 
 
 def test_two_judges_in_folders_of_one_name_have_two_names(speaker, tmp_path):
@@ -290,10 +291,10 @@ def test_calibration_where_there_is_little_to_compare(tmp_path):
     with pytest.raises(SafeEraserError, match="none of its 1 labels is about a response here"): calibration_text(some, str(tmp_path / "l.jsonl"))
 
 
-@pytest.mark.parametrize("judge, given, problem", [("rule", {"model": "m"}, "--model does nothing for --judge rule"), ("rule", {"dry-run": True}, "--dry-run does nothing"), ("chat", {"model": "m", "server": "u"}, "--server does nothing"),
-                                                   ("guard", {"model": "m", "max-tokens": 5}, "--max-tokens does nothing"), ("chat", {}, "wants --model"), ("nobody", {}, "unknown judge 'nobody'")])
+@pytest.mark.parametrize("judge, given, problem", [("rule", {"model": "m"}, "--model does nothing for --judge rule"), ("rule", {"dry_run": True}, "--dry-run does nothing"), ("chat", {"model": "m", "server": "u"}, "--server does nothing"),
+                                                   ("guard", {"model": "m", "max_tokens": 5}, "--max-tokens does nothing"), ("chat", {}, "wants --model"), ("nobody", {}, "unknown judge 'nobody'")])
 def test_options_are_checked_before_anything_is_read(judge, given, problem, tmp_path):
-    empty = {k: None for k in ("model", "server", "data", "max-tokens", "trust", "refresh", "dry-run")}
+    empty = {k: None for k in ("model", "server", "data", "max_tokens", "trust", "refresh", "dry_run")}
     with pytest.raises(SafeEraserError, match=problem): _check_judge(judge, tmp_path / "out", "question", empty | given)
 
 
