@@ -17,7 +17,7 @@ from safeeraser.settings import UnlearnConfig
 from safeeraser.trainer import last_checkpoint, unlearn, UnlearnTrainer
 
 SMALL = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_cpu": True, "save_strategy": "no", "warmup_steps": 0}
-SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd"]
+SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd", "undial+ce"]
 
 
 class Gradients(TrainerCallback):
