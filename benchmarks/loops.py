@@ -38,7 +38,7 @@ def published(model,                        # a PEFT model
     device = next(model.parameters()).device
     reference = (vanilla_model or pristine(model)) if objective.reference_kinds else None
     items = [[to_device(encoder.rows([row]), device) for row in rows] for r in records for rows in zip(*(getattr(r, k) for k in objective.kinds))]
-    weights = {term.rows[0]: (objective.weights[name] * (-1 if name == "ga" else 1), term.needs) for name, term in objective.terms.items()}
+    weights = {term.rows[0]: (objective.weights[name] * (-1 if name == "ga" else 1), term.needs.distribution) for name, term in objective.terms.items()}
     def step() -> float:
         set_attention(model, "sdpa")
         model.zero_grad(set_to_none=True)
@@ -47,8 +47,8 @@ def published(model,                        # a PEFT model
             for batches in items:
                 loss = 0.0
                 for kind, batch in zip(objective.kinds, batches):
-                    weight, needs = weights[kind]
-                    loss = loss + weight * (_full_kl(model, reference, batch) if needs == "distribution" else _full_ce(model, batch))
+                    weight, whole = weights[kind]
+                    loss = loss + weight * (_full_kl(model, reference, batch) if whole else _full_ce(model, batch))
                 (loss / len(items)).backward()
                 total += loss.item() / len(items)
         return total

@@ -18,7 +18,7 @@ from safeeraser.packing import only, own_positions, Packer, packing_mask, passes
 from safeeraser.predict import batch_tokens
 from safeeraser.trainer import check_rows, mostly_image, silent, unlearn
 
-SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd"]
+SPELLED = [*METHODS, "npo(beta=0.5)+kl+pd", "simnpo+ce", "dpo+0.5 ce+pd", "wga+ce", "satimp(beta1=1)+kl", "undial+ce+pd"]
 
 
 @pytest.fixture
