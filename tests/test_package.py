@@ -16,7 +16,7 @@ BLOCKED = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"IPython", "ipywidgets", "jupyterlab", "nbdev", "fastcore", "execnb", "anywidget", "ipykernel", "notebook"}:
+        if name.split(".")[0] in {"IPython", "ipywidgets", "jupyterlab", "nbdev", "execnb", "anywidget", "ipykernel", "notebook"}:
             raise ImportError(f"blocked: {name}")
 sys.meta_path.insert(0, Block())
 import importlib, pkgutil, safeeraser

@@ -89,7 +89,7 @@ def test_other_weights_between_two_legs_and_after_the_last(tiny, tmp_path):
 
 def test_weights_that_grew_beyond_numbers_finish_no_run(tiny, tmp_path, monkeypatch):
     def overflow(self, args, state, control, model=None, **_): next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
-    monkeypatch.setattr("safeeraser.trainer.Guard.on_step_end", overflow, raising=False)  # as the last update of a run may
+    monkeypatch.setattr("safeeraser.trainer.StopInTime.on_step_end", overflow, raising=False)  # as the last update of a run may
     with pytest.raises(SafeEraserError, match="hold NaN or infinity, so this run is not finished; lower learning_rate"):
         unlearn(tiny.model, tiny.data, tmp_path / "run", "ga", **SMALL, max_steps=1, save_strategy="no", packing="off")
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"] and not (tmp_path / "run" / "adapter_model.safetensors").exists()
