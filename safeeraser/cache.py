@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['fingerprints', 'frozen_fingerprint', 'FeatureStore', 'VisionCache', 'ReferenceCache']
 
-# %% ../nbs/34_cache.ipynb #e79861d4
+# %% ../nbs/34_cache.ipynb #84ee769f
 import hashlib, os
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
@@ -22,24 +23,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .model import anatomy, vanilla
 from .packed import packed_log_probs, tolerance, unwrapped
 
-# %% ../nbs/34_cache.ipynb #cell007
+# %% ../nbs/34_cache.ipynb #ecec6cb4
 def fingerprints(x: torch.Tensor  # [rows, ...], any dtype
                  ) -> list[str]:
     "A 128-bit fingerprint of each row's bytes, as hexadecimal digits."
     rows = x.detach().reshape(len(x), -1).contiguous().view(torch.uint8).reshape(len(x), -1)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(torch.int64)  # reads 8 bytes as a number
-    weights = torch.randint(-2**63, 2**63 - 1, (2, rows.shape[1]), generator=torch.Generator().manual_seed(0)).to(x.device) | 1
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randint(-2**63, 2**63 - 1, (2, rows.shape[1]), generator=g).to(x.device) | 1
     sums = [((rows ^ (rows >> 29)) * w).sum(1).tolist() for w in weights]
     kind = f"{x.dtype}{tuple(x.shape[1:])}"
     return [hashlib.blake2b(repr((kind, *pair)).encode(), digest_size=16).hexdigest() for pair in zip(*sums)]
 
-# %% ../nbs/34_cache.ipynb #cell010
+# %% ../nbs/34_cache.ipynb #36025527
 def frozen_fingerprint(module: torch.nn.Module) -> str:
     "A fingerprint of all weights of a module that are not trained."
-    frozen = ((n, p.data.reshape(len(p), -1) if p.ndim else p.data.reshape(1, 1)) for n, p in module.named_parameters() if not p.requires_grad)
-    return hashlib.blake2b("".join(n + "".join(fingerprints(p)) for n, p in frozen).encode(), digest_size=16).hexdigest()
+    frozen = [(n, p.data) for n, p in module.named_parameters() if not p.requires_grad]
+    rows = lambda p: p.reshape(len(p), -1) if p.ndim else p.reshape(1, 1)
+    seen = "".join(n + "".join(fingerprints(rows(p))) for n, p in frozen)
+    return hashlib.blake2b(seen.encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/34_cache.ipynb #cell012
+# %% ../nbs/34_cache.ipynb #4895c165
 class FeatureStore:
     "Tensors by name, in memory up to a bound and then in a folder."
     def __init__(self, limit: float,                # bytes kept in memory
@@ -64,22 +68,25 @@ class FeatureStore:
             self.size -= _bytes(dropped)
             self._write(old, dropped)
 
-    def _write(self, name: str, tensors: dict[str, torch.Tensor]):
-        if not self.folder or self.disk_full: return
-        file = self.folder/f"{name}.safetensors"
-        part = file.with_suffix(f".{os.getpid()}.writing")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part)
-            os.replace(part, file)
-        except (OSError, SafetensorError):
-            self.disk_full = True
-            part.unlink(missing_ok=True)
+# %% ../nbs/34_cache.ipynb #91add384
+@patch
+def _write(self: FeatureStore, name: str, tensors: dict[str, torch.Tensor]):
+    "Tensors to the folder, where there is one and room in it."
+    if not self.folder or self.disk_full: return
+    file = self.folder/f"{name}.safetensors"
+    part = file.with_suffix(f".{os.getpid()}.writing")
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part)
+        os.replace(part, file)
+    except (OSError, SafetensorError):
+        self.disk_full = True
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/34_cache.ipynb #386da679
 def _bytes(tensors: dict[str, torch.Tensor]) -> int: return sum(t.nbytes for t in tensors.values())
 
-# %% ../nbs/34_cache.ipynb #cell016
+# %% ../nbs/34_cache.ipynb #a6e8eda0
 class VisionCache:
     "`with VisionCache(model):` the frozen vision tower sees each image once."
     def __init__(self, model,
@@ -88,7 +95,8 @@ class VisionCache:
         base = unwrapped(model)
         self.tower = base.get_submodule(anatomy(base).vision)
         self.layers = _wanted_layers(base.config)
-        self.why = "the vision tower is being trained" if any(p.requires_grad for p in self.tower.parameters()) else None
+        trained = any(p.requires_grad for p in self.tower.parameters())
+        self.why = "the vision tower is being trained" if trained else None
         self.store = FeatureStore(limit, folder and Path(folder)/frozen_fingerprint(self.tower))
         self.seen = self.computed = 0
 
@@ -101,38 +109,18 @@ class VisionCache:
         self.tower.__dict__.pop("forward", None)
         if "forward" in vars(self): del self.forward
 
-    @torch.no_grad()
-    def _look(self, pixel_values, **kwargs):
-        rows = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
-        if any(len(v) != len(pixel_values) for v in rows.values()): return self.forward(pixel_values, **kwargs)
-        names = ["-".join(parts) for parts in zip(*map(fingerprints, (pixel_values, *rows.values())))]
-        found = {n: self.store.get(n) for n in dict.fromkeys(names)}
-        new = [n for n, f in found.items() if f is None]
-        if new:
-            at = torch.tensor([names.index(n) for n in new], device=pixel_values.device)
-            output = self.forward(pixel_values[at], **kwargs | {k: v[at] for k, v in rows.items()})
-            features = _flat(output, self.layers)
-            if any(len(v) != len(new) for v in features.values()) or not {k.partition(".")[0] for k in features} <= _FIELDS:
-                self.why, self.tower.forward = "the tower's outputs are not the usual ones, a row an image", self.forward
-                return self.forward(pixel_values, **kwargs)
-            for k, name in enumerate(new):
-                found[name] = {key: v[k].cpu().clone() for key, v in features.items()}
-                self.store.put(name, found[name])
-        self.seen, self.computed = self.seen + len(names), self.computed + len(new)
-        return _restored({k: torch.stack([found[n][k] for n in names]).to(pixel_values.device) for k in found[names[0]]})
-
 # %% ../nbs/34_cache.ipynb #cell018
 def _wanted_layers(config) -> list[int] | None:
     "Hidden layers that the projector reads; None: the last output."
     wanted = getattr(config, "vision_feature_layer", None)
     return None if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
 
-# %% ../nbs/34_cache.ipynb #b1e49770
+# %% ../nbs/34_cache.ipynb #40ef5ee7
 def _flat(output, layers: list[int] | None) -> dict[str, torch.Tensor]:
     "The tensors of a tower's output that are needed, by name; a hidden layer's name holds its place."
     hidden = output.get("hidden_states")
     if hidden is not None and layers is not None:
-        last = {"last_hidden_state": output.last_hidden_state} if -1 in layers else {}  # InternVL's -1 is the tower's output, normalised
+        last = {"last_hidden_state": output.last_hidden_state} if -1 in layers else {}  # InternVL's, after its norm
         return last | {f"hidden_states.{len(hidden)}.{k % len(hidden)}": hidden[k] for k in layers}
     return {k: v for k, v in output.items() if isinstance(v, torch.Tensor)}
 
@@ -149,46 +137,89 @@ def _restored(features: dict[str, torch.Tensor]) -> BaseModelOutputWithPooling:
         fields["hidden_states"] = tuple(hidden.get(i) for i in range(int(size)))
     return BaseModelOutputWithPooling(**fields)
 
-# %% ../nbs/34_cache.ipynb #cell022
+# %% ../nbs/34_cache.ipynb #9c7f9105
+@patch
+@torch.no_grad()
+def _look(self: VisionCache, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    "What the tower would say of images, most of it from the store."
+    rows = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+    if any(len(v) != len(pixel_values) for v in rows.values()): return self.forward(pixel_values, **kwargs)
+    names = ["-".join(parts) for parts in zip(*map(fingerprints, (pixel_values, *rows.values())))]
+    found = {n: self.store.get(n) for n in dict.fromkeys(names)}
+    if new := [n for n, f in found.items() if f is None]:
+        at = torch.tensor([names.index(n) for n in new], device=pixel_values.device)
+        features = _flat(self.forward(pixel_values[at], **kwargs | {k: v[at] for k, v in rows.items()}), self.layers)
+        if not _row_by_row(features, len(new)):
+            self.why, self.tower.forward = "the tower's outputs are not the usual ones, a row an image", self.forward
+            return self.forward(pixel_values, **kwargs)
+        found |= self._put(new, features)
+    self.seen, self.computed = self.seen + len(names), self.computed + len(new)
+    return _restored({k: torch.stack([found[n][k] for n in names]).to(pixel_values.device) for k in found[names[0]]})
+
+# %% ../nbs/34_cache.ipynb #a99c7629
+def _row_by_row(features: dict[str, torch.Tensor], images: int) -> bool:
+    "Whether features are of the usual fields, with a row for each image."
+    known = {k.partition(".")[0] for k in features} <= _FIELDS
+    return known and all(len(v) == images for v in features.values())
+
+
+@patch
+def _put(self: VisionCache, names: list[str], features: dict[str, torch.Tensor]) -> dict[str, dict]:
+    "Each image's features into the store, and back by name."
+    own = {name: {key: v[k].cpu().clone() for key, v in features.items()} for k, name in enumerate(names)}
+    for name, tensors in own.items(): self.store.put(name, tensors)
+    return own
+
+# %% ../nbs/34_cache.ipynb #4b880681
 class ReferenceCache:
     "The vanilla model's final hidden states at label positions, computed once a segment."
     def __init__(self, model, limit: float, folder: str | Path | None = None):  # as for `VisionCache`
-        self.store, self.computed = FeatureStore(limit, folder and Path(folder)/frozen_fingerprint(unwrapped(model))), 0
-        self.why = None
+        own = folder and Path(folder)/frozen_fingerprint(unwrapped(model))
+        self.store, self.computed, self.why = FeatureStore(limit, own), 0, None
 
-    def log_probs(self, model,           # as it is; the vanilla model is asked
-                  batch: dict,           # a packed batch, see `safeeraser.packed.stack_rows`
-                  route: str) -> torch.Tensor:
-        "What `packed_log_probs` gives under `vanilla(model)`: [N, V]."
-        if (own := _whole(model)) is None: own, self.why = model, "each rank holds a part of the weights"
-        sizes = _label_counts(batch)
-        names = [f"{name}-{n}" for name, n in zip((name for row in batch["names"] for name in row), sizes)]
-        found = [] if self.why else [self.store.get(n) for n in names]
-        head, device = unwrapped(model).get_output_embeddings(), batch["labels"].device
-        with torch.no_grad():
-            if found and all(found): return log_softmax(head(torch.cat([f["hidden"] for f in found]).to(device)).float(), -1)
-            self.computed += len(names)
-            with vanilla(own), _input_of(head) as seen: log_probs = packed_log_probs(own, batch, route)
-            if not self.why: self._keep(names, sizes, batch, seen[0], log_probs, head)
-        return log_probs
+# %% ../nbs/34_cache.ipynb #86e97986
+@patch
+def log_probs(self: ReferenceCache, model,  # as it is; the vanilla model is asked
+              batch: dict,                  # a packed batch, see `safeeraser.packed.stack_rows`
+              route: str) -> torch.Tensor:
+    "What `packed_log_probs` gives under `vanilla(model)`: [N, V]."
+    if (own := _whole(model)) is None: own, self.why = model, "each rank holds a part of the weights"
+    sizes = _label_counts(batch)
+    names = [f"{name}-{n}" for name, n in zip((name for row in batch["names"] for name in row), sizes)]
+    found = [] if self.why else [self.store.get(n) for n in names]
+    head, device = unwrapped(model).get_output_embeddings(), batch["labels"].device
+    with torch.no_grad():
+        if found and all(found):
+            return log_softmax(head(torch.cat([f["hidden"] for f in found]).to(device)).float(), -1)
+        self.computed += len(names)
+        with vanilla(own), _input_of(head) as seen: log_probs = packed_log_probs(own, batch, route)
+        if not self.why: self._keep(names, sizes, batch, seen[0], log_probs, head)
+    return log_probs
 
-    def _keep(self, names: list[str], sizes: list[int], batch: dict, hidden: torch.Tensor, log_probs: torch.Tensor, head):
-        at = batch["labels"] != -100
-        hidden = hidden[at[:, at.any(0)]]
-        off = (log_softmax(head(hidden).float(), -1) - log_probs).abs()
-        if off.numel() and off.max() > tolerance(head):
-            self.why = "this model does more to its scores than its head"
-            return
-        for name, part in zip(names, hidden.split(sizes)): self.store.put(name, {"hidden": part.cpu().clone()})
+# %% ../nbs/34_cache.ipynb #4683ac02
+@patch
+def _keep(self: ReferenceCache, names: list[str], sizes: list[int], batch: dict,
+          hidden: torch.Tensor,     # what the head was given
+          log_probs: torch.Tensor,  # what the model made of it
+          head: torch.nn.Module):
+    "Hidden states into the store, segment by segment; none, where the head alone does not say what the model says."
+    at = batch["labels"] != -100
+    hidden = hidden[at[:, at.any(0)]]
+    off = (log_softmax(head(hidden).float(), -1) - log_probs).abs()
+    if off.numel() and off.max() > tolerance(head):
+        self.why = "this model does more to its scores than its head"
+        return
+    for name, part in zip(names, hidden.split(sizes)): self.store.put(name, {"hidden": part.cpu().clone()})
 
-# %% ../nbs/34_cache.ipynb #bb4c63b8
+# %% ../nbs/34_cache.ipynb #7b63f118
 def _label_counts(batch: dict) -> list[int]:
     "Labels of each segment, which a pass that only keeps step has none of."
-    return [int((own != -100).sum()) for row, n in zip(batch["labels"], batch["lengths"]) for own in row[:sum(n)].split(n)[1:]]
+    parts = [row[:sum(n)].split(n) for row, n in zip(batch["labels"], batch["lengths"])]
+    return [int((own != -100).sum()) for _, *segments in parts for own in segments]
 
-# %% ../nbs/34_cache.ipynb #eafc4762
+# %% ../nbs/34_cache.ipynb #cd4bb3ff
 def _whole(model):
-    "The model whose passes no other rank waits for, so that each may leave out what it has kept; None where ranks hold parts of it."
+    "The model whose passes no other rank waits for, so that each may leave some out; None where each holds a part."
     if isinstance(model, DistributedDataParallel): return model.module
     return None if hasattr(model, "module") or isinstance(model, FSDPModule) else model
 

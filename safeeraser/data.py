@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['HARMLESS_KEYS', 'CATEGORIES', 'NonEmpty', 'PairForm', 'HarmlessForm', 'RecordForm', 'RECORD', 'DEPTHS', 'Count',
-           'UnsafePair', 'HarmlessPair', 'Record', 'parse_record', 'to_json', 'read_json_records', 'is_json_lines',
-           'resolve_image', 'load_image', 'as_published', 'load_records', 'check_partners', 'RefusalsForm',
-           'load_refusals', 'GenerateForm', 'SettingsForm', 'settings_of', 'Item', 'Sets', 'build_sets', 'load_sets']
+           'UnsafePair', 'HarmlessPair', 'Record', 'category_of', 'parse_record', 'to_json', 'is_json_lines',
+           'read_json_records', 'resolve_image', 'load_image', 'as_published', 'load_records', 'check_partners',
+           'RefusalsForm', 'load_refusals', 'GenerateForm', 'SettingsForm', 'settings_of', 'Item', 'Sets', 'build_sets',
+           'load_sets']
 
 # %% ../nbs/10_data.ipynb #51d05df9
 import json, os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,14 +24,13 @@ from .core import check_form, first_line, lines_of, parse_json, Place, read_json
 
 # %% ../nbs/10_data.ipynb #cell006
 HARMLESS_KEYS = ("UnharmPair_text1", "UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2")
-CATEGORIES = {c.casefold(): c for c in ("HateSpeech", "IllegalActivity", "Privacy", "Sex", "Violence", "Weapon")}
 
 
 @dataclass(frozen=True)
 class UnsafePair:
     "An unsafe question with its answer about the harmful and about the safe image."
     question: str
-    model_response: str  # harmful answer about the harmful image
+    model_response: str      # harmful answer about the harmful image
     sd_response: str | None  # normal answer about the safe image; None where the record has no safe image
 
 # %% ../nbs/10_data.ipynb #c9e09be7
@@ -52,17 +52,34 @@ class Record:
 
     @property
     def category(self) -> str:
-        "The harmful image's folder name, as published; in the paper's spelling, whatever the folder's, and in sub-folders too."
-        parts = Path(self.image_path).parts[:-1]
-        return next((CATEGORIES[p.casefold()] for p in reversed(parts) if p.casefold() in CATEGORIES), parts[-1] if parts else "")
+        "The harmful image's folder, as published, in the paper's spelling."
+        return category_of(self.image_path)
+
+# %% ../nbs/10_data.ipynb #8550c0d3
+CATEGORIES = {c.casefold(): c for c in ("HateSpeech", "IllegalActivity", "Privacy", "Sex", "Violence", "Weapon")}
+
+
+def category_of(image_path: str) -> str:
+    "The category that a folder of the path names, in the paper's spelling; the last folder where none does."
+    folders = Path(image_path).parts[:-1]
+    known = [CATEGORIES[f.casefold()] for f in folders if f.casefold() in CATEGORIES]
+    return (known or folders or [""])[-1]
 
 # %% ../nbs/10_data.ipynb #cell009
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-PairForm = TypedDict("PairForm", {"question": NonEmpty, "model_response": NonEmpty, "sd_response": NotRequired[NonEmpty]})
-HarmlessForm = TypedDict("HarmlessForm", {"Question": NonEmpty, "Prediction": Annotated[NonEmpty, Field(validation_alias=AliasChoices("Prediction", "Answer"))]})
-RecordForm = TypedDict("RecordForm", {"image_path": Annotated[NonEmpty, Field(validation_alias=AliasChoices("image_path", "image_id"))],
-                                      "SDImage_path": NotRequired[NonEmpty], "unsafe_pairs": list[PairForm],
-                                      **dict.fromkeys(HARMLESS_KEYS, NotRequired[HarmlessForm])})
+
+
+def _either(*names: str):
+    "A text that stands under one of these names."
+    return Annotated[NonEmpty, Field(validation_alias=AliasChoices(*names))]
+
+# %% ../nbs/10_data.ipynb #0304afdb
+PairForm = TypedDict("PairForm", {
+    "question": NonEmpty, "model_response": NonEmpty, "sd_response": NotRequired[NonEmpty]})
+HarmlessForm = TypedDict("HarmlessForm", {"Question": NonEmpty, "Prediction": _either("Prediction", "Answer")})
+RecordForm = TypedDict("RecordForm", {
+    "image_path": _either("image_path", "image_id"), "SDImage_path": NotRequired[NonEmpty],
+    "unsafe_pairs": list[PairForm], **dict.fromkeys(HARMLESS_KEYS, NotRequired[HarmlessForm])})
 for form in (PairForm, HarmlessForm, RecordForm): form.__pydantic_config__ = ConfigDict(extra="allow")
 RECORD = TypeAdapter(RecordForm)
 
@@ -78,29 +95,30 @@ def parse_record(raw: dict,    # one object of the json list
         raise place.error("unsafe_pairs", "a non-empty list of question and answers belongs here")
     check_form(r, RECORD, place)
     safe = "SDImage_path" in r or any("sd_response" in p for p in pairs)
-    text = lambda pair, name, where: place.text(pair, name, f"{where}.")
-    unsafe = lambda p, at: UnsafePair(text(p, "question", at), text(p, "model_response", at), text(p, "sd_response", at) if safe else None)
-    answer = lambda p: p.get("Prediction", p.get("Answer")).strip()
-    return Record(r.get("image_path", r.get("image_id")).strip(), place.text(r, "SDImage_path") if safe else None,
-                  tuple(unsafe(p, f"unsafe_pairs[{i}]") for i, p in enumerate(pairs)),
-                  tuple(HarmlessPair(k, r[k]["Question"].strip(), answer(r[k])) for k in harmless))
+    return Record(r.get("image_path", r.get("image_id")).strip(),
+                  place.text(r, "SDImage_path") if safe else None,
+                  tuple(_unsafe_pair(p, place, f"unsafe_pairs[{i}].", safe) for i, p in enumerate(pairs)),
+                  tuple(_harmless_pair(k, r[k]) for k in harmless))
+
+# %% ../nbs/10_data.ipynb #2ecfe5a0
+def _unsafe_pair(pair: dict, place: Place, prefix: str, safe: bool) -> UnsafePair:
+    "The pair found at `prefix`, such as `unsafe_pairs[0].`; with `safe` it needs an answer about the safe image."
+    question, harmful = (place.text(pair, field, prefix) for field in ("question", "model_response"))
+    return UnsafePair(question, harmful, place.text(pair, "sd_response", prefix) if safe else None)
+
+
+def _harmless_pair(key: str, pair: dict) -> HarmlessPair:
+    return HarmlessPair(key, pair["Question"].strip(), pair.get("Prediction", pair.get("Answer")).strip())
 
 # %% ../nbs/10_data.ipynb #cell011
 def to_json(record: Record) -> dict:
     "The record as the official files spell it: the inverse of `parse_record`."
-    known = lambda values: {k: v for k, v in values.items() if v is not None}
-    return {**known({"image_path": record.image_path, "SDImage_path": record.safe_image_path}),
-            "unsafe_pairs": [known(vars(p)) for p in record.unsafe],
+    images = {"image_path": record.image_path, "SDImage_path": record.safe_image_path}
+    return {**_known(images), "unsafe_pairs": [_known(vars(p)) for p in record.unsafe],
             **{p.key: {"Question": p.question, "Prediction": p.prediction} for p in record.harmless}}
 
-# %% ../nbs/10_data.ipynb #cell016
-def read_json_records(file: Path) -> list:
-    "The objects of a JSON list or of JSON lines; raises `SafeEraserError` naming the line that is broken."
-    if not file.exists(): raise SafeEraserError(f"{file}: no such file; --data is the folder that holds all_train.json")
-    text = read_text(file)
-    if is_json_lines(text): return [parse_json(line, Place(file, line=n), problem="neither a JSON list nor JSON lines") for n, line in lines_of(text)]
-    whole = parse_json(text, file)
-    return whole if isinstance(whole, list) else [whole]
+
+def _known(values: dict) -> dict: return {k: v for k, v in values.items() if v is not None}
 
 # %% ../nbs/10_data.ipynb #f9baba90
 def is_json_lines(text: str) -> bool:
@@ -109,70 +127,88 @@ def is_json_lines(text: str) -> bool:
     except (ValueError, RecursionError): return not text.lstrip().startswith("[")
     return False
 
+# %% ../nbs/10_data.ipynb #cell016
+def read_json_records(file: Path) -> list:
+    "The objects of a JSON list or of JSON lines; raises `SafeEraserError` naming the line that is broken."
+    if not file.exists(): raise SafeEraserError(f"{file}: no such file; --data is the folder that holds all_train.json")
+    text = read_text(file)
+    if is_json_lines(text):
+        problem = "neither a JSON list nor JSON lines"
+        return [parse_json(line, Place(file, line=n), problem=problem) for n, line in lines_of(text)]
+    whole = parse_json(text, file)
+    return whole if isinstance(whole, list) else [whole]
+
 # %% ../nbs/10_data.ipynb #cell018
 def resolve_image(root: Path,   # the dataset folder's parent: image paths are relative to it
                   path: str,    # as written in the record
                   field: str, place: Place) -> Path:
-    "The absolute path of an image; raises where it is missing or leaves `root`."
+    "The absolute path of an image; raises `SafeEraserError` where it is missing or leaves `root`."
+    def wrong(problem): return place.error(field, problem)
     try: full = (root/path).resolve()
     except (OSError, ValueError, RuntimeError) as e:  # a NUL, half a surrogate pair, links in a ring
-        raise place.error(field, f"{path!r:.80} can be no file's name ({first_line(e)})") from None
+        raise wrong(f"{path!r:.80} can be no file's name ({first_line(e)})") from None
     if not full.is_relative_to(root.resolve()):
-        raise place.error(field, f"{path!r:.80} leads out of the data root; write it relative to the dataset's parent folder")
-    if not os.path.isfile(full):
-        raise place.error(field, f"no image at {path!r:.80} below the dataset's parent folder")
+        raise wrong(f"{path!r:.80} leads out of the data root; write it relative to the dataset's parent folder")
+    if not os.path.isfile(full): raise wrong(f"no image at {path!r:.80} below the dataset's parent folder")
     return full
 
 # %% ../nbs/10_data.ipynb #cell020
 def load_image(path: Path) -> Image.Image:
-    "The image as a viewer shows it, in RGB; raises `SafeEraserError` naming a file that is broken, oversized or no image."
+    "The image as a viewer shows it, in RGB; raises `SafeEraserError` where a file is broken, oversized or no image."
     try:
         with Image.open(path) as image: return _on_white(_eight_bit(ImageOps.exif_transpose(image)))
-    except Exception as e: reason = e  # Pillow's readers raise whatever a broken file makes them stumble over
-    raise SafeEraserError(f"{path}: not a readable image ({first_line(reason).replace(f' {str(path)!r}', '')})")
+    except Exception as e:  # Pillow's readers raise whatever a broken file makes them stumble over
+        reason = first_line(e).replace(f" {str(path)!r}", "")
+    raise SafeEraserError(f"{path}: not a readable image ({reason})")
 
 # %% ../nbs/10_data.ipynb #34c1871b
 def _on_white(image: Image.Image) -> Image.Image:
+    "The image in RGB, white where it is transparent."
     if not image.has_transparency_data: return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
-
+# %% ../nbs/10_data.ipynb #ef28a0f4
 DEPTHS = (1, 255, 4095, 65535)  # brightest values: of fractions, and of 8, 12 and 16 bits
+
+
+def _brightest(most: float,      # the largest value of an image
+               fractions: bool  # whether values may lie between 0 and 1
+               ) -> float:
+    "The value that stands for white: the least depth that holds all; beyond 16 bits the largest value itself."
+    return next((d for d in (DEPTHS if fractions else DEPTHS[1:]) if most <= d), most)
 
 # %% ../nbs/10_data.ipynb #d9b0a6c9
 def _eight_bit(image: Image.Image) -> Image.Image:
-    "Whole numbers beyond 8 bits and fractions, scaled to 0 to 255 by the least depth that holds them (beyond 16 bits by the brightest)."
+    "Whole numbers beyond 8 bits and fractions, scaled to 0 to 255; images of other modes as they are."
     if not image.mode.startswith(("I", "F")): return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
     values = values - min(0, values.min())
-    depths = [d for d in DEPTHS if d > 1 or image.mode == "F"] + [values.max()]
-    grey = Image.fromarray((values / next(d for d in depths if values.max() <= d) * 255).astype("uint8"))
-    if (clear := image.info.get("transparency")) is not None: grey.putalpha(Image.fromarray((np.asarray(image) != clear).astype("uint8") * 255))
+    scaled = values / _brightest(values.max(), image.mode == "F") * 255
+    grey, clear = Image.fromarray(scaled.astype("uint8")), image.info.get("transparency")
+    if clear is not None: grey.putalpha(Image.fromarray((np.asarray(image) != clear).astype("uint8") * 255))
     return grey
 
 # %% ../nbs/10_data.ipynb #cell024
 def as_published(record: Record,
                  data: Path  # the dataset folder
                  ) -> Record:
-    "The record with image paths relative to the dataset folder's parent, where its images are found below the folder itself."
+    "The record with image paths relative to the dataset folder's parent, where its images are found below the folder."
     data = data.absolute()
     def published(path):
         if path is None or os.path.isfile(data.parent/path) or not os.path.isfile(data/path): return path
         return f"{data.name}/{path}"
     return replace(record, image_path=published(record.image_path), safe_image_path=published(record.safe_image_path))
 
-# %% ../nbs/10_data.ipynb #cell025
+# %% ../nbs/10_data.ipynb #4387cbe9
 def load_records(data: str | Path,     # the folder that holds `all_train.json`
                  split: str = "train"  # names the file: `all_<split>.json`
                  ) -> list[Record]:
     "All records of a split, checked, images present; raises `SafeEraserError` at the first that is wrong."
     file = Path(data)/f"all_{split}.json"
-    raw = read_json_records(file)
-    if not raw:
-        raise SafeEraserError(f"{file}: holds no record")
+    raw, root = read_json_records(file), file.absolute().parent.parent
+    if not raw: raise SafeEraserError(f"{file}: holds no record")
     records = [as_published(parse_record(r, Place(file, i)), Path(data)) for i, r in enumerate(raw)]
-    root = file.absolute().parent.parent
     for i, r in enumerate(records):
         resolve_image(root, r.image_path, "image_path", Place(file, i))
         if r.safe_image_path: resolve_image(root, r.safe_image_path, "SDImage_path", Place(file, i))
@@ -182,9 +218,11 @@ def load_records(data: str | Path,     # the folder that holds `all_train.json`
 # %% ../nbs/10_data.ipynb #f935251f
 def check_partners(records: list[Record], file: Path):
     "Raise `SafeEraserError` where some records with unsafe questions have a safe image and some have none."
-    missing = [i for i, r in enumerate(records) if r.unsafe and not r.safe_image_path]
-    if missing and len(missing) < sum(bool(r.unsafe) for r in records):
-        raise Place(file, missing[0]).error("SDImage_path", "missing, though other records have one; every forget item needs its prompt-decouple partner, or none has one")
+    asked = [(i, r) for i, r in enumerate(records) if r.unsafe]
+    missing = [i for i, r in asked if not r.safe_image_path]
+    if missing and len(missing) < len(asked):
+        raise Place(file, missing[0]).error("SDImage_path", "missing, though other records have one; "
+            "every forget item needs its prompt-decouple partner, or none has one")
 
 # %% ../nbs/10_data.ipynb #cell028
 class RefusalsForm(TypedDict):
@@ -197,11 +235,14 @@ def load_refusals(data: str | Path,      # the folder that holds `prompt.json`
                   needed: bool = True    # False: no such file, no refusals
                   ) -> list[str]:
     "The refusals that preference optimisation draws from."
-    file = Path(data)/"prompt.json"
-    if not Path(data).is_dir(): raise SafeEraserError(f"{data}: no such folder; --data is the folder that holds all_train.json")
+    data = Path(data)
+    if not data.is_dir():
+        raise SafeEraserError(f"{data}: no such folder; --data is the folder that holds all_train.json")
+    file = data/"prompt.json"
+    if not needed and not file.exists(): return []
     if not file.exists():
-        if not needed: return []
-        raise SafeEraserError(f"{file}: no such file; it holds the refusals that this method teaches, as {{\"idk\": [\"I can't help with that.\"]}}")
+        raise SafeEraserError(f"{file}: no such file; it holds the refusals that this method teaches, "
+                              'as {"idk": ["I can\'t help with that."]}')
     return [r.strip() for r in read_json(file, TypeAdapter(RefusalsForm))["idk"]]
 
 # %% ../nbs/10_data.ipynb #cell031
@@ -232,7 +273,7 @@ def settings_of(data: str | Path  # the dataset folder
 @dataclass(frozen=True)
 class Item:
     "One question about one image, with its target."
-    set: str        # forget, retain or decouple
+    set: str        # forget, retain, decouple or extra
     split: str      # train, val, ...
     image: Path
     image_id: str   # the image's path as the record writes it
@@ -243,25 +284,32 @@ class Item:
 # %% ../nbs/10_data.ipynb #cell035
 @dataclass(frozen=True)
 class Sets:
-    "The three sets of one split; `forget[i]` and `decouple[i]` are partners (without safe images, `decouple` is empty)."
+    "The sets of one split; `forget[i]` and `decouple[i]` are partners (without safe images, `decouple` is empty)."
     forget: list[Item]
     retain: list[Item]
     decouple: list[Item]
+    extra: list[Item] = field(default_factory=list)  # more questions, made in Python; files hold none
 
-    def __iter__(self): yield from self.forget + self.retain + self.decouple
+    def __iter__(self): yield from self.forget + self.retain + self.decouple + self.extra
 
 # %% ../nbs/10_data.ipynb #cell036
-def build_sets(records: list[Record], data: str | Path, split: str = "train") -> Sets:
+def build_sets(records: list[Record],
+               data: str | Path,       # the dataset folder
+               split: str = "train") -> Sets:
     "Derive forget, retain and prompt-decouple set from records."
-    root, sets = Path(data).absolute().parent, Sets([], [], [])
-    def item(name, path, question, answer):
-        return Item(name, split, root/path, path, question, answer, record.category)
-    for record in records:
-        for p in record.unsafe:
-            sets.forget.append(item("forget", record.image_path, p.question, p.model_response))
-            if record.safe_image_path: sets.decouple.append(item("decouple", record.safe_image_path, p.question, p.sd_response))
-        sets.retain.extend(item("retain", record.image_path, p.question, p.prediction) for p in record.harmless)
+    sets = Sets([], [], [])
+    for record in records: _add(record, sets, Path(data).absolute().parent, split)
     return sets
+
+# %% ../nbs/10_data.ipynb #ce80b8ba
+def _add(record: Record, sets: Sets, root: Path, split: str):
+    "Append a record's items to the sets."
+    def item(name, path, question, answer): return Item(name, split, root/path, path, question, answer, record.category)
+    harmful, safe = record.image_path, record.safe_image_path
+    for p in record.unsafe:
+        sets.forget.append(item("forget", harmful, p.question, p.model_response))
+        if safe: sets.decouple.append(item("decouple", safe, p.question, p.sd_response))
+    sets.retain.extend(item("retain", harmful, p.question, p.prediction) for p in record.harmless)
 
 # %% ../nbs/10_data.ipynb #9ed566ef
 def load_sets(data: str | Path, split: str = "train") -> Sets:

@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['vanilla_of', 'merge', 'read_tensors', 'bare_name', 'import_checkpoint']
 
-# %% ../nbs/38_export.ipynb #c65f38cc
-import json, math, re, warnings
+# %% ../nbs/38_export.ipynb #d8572511
+import json, math, pickle, re, warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
 
 from .core import new_folder, SafeEraserError, told, write_whole
 from .encoder import Encoder
@@ -25,17 +28,17 @@ def vanilla_of(run: Path) -> str:
         raise SafeEraserError(f"{run}: no run.json that names the vanilla model; say which it is with --model")
     return model
 
-# %% ../nbs/38_export.ipynb #ad2f9688
+# %% ../nbs/38_export.ipynb #b3524499
 @torch.no_grad()
 def _scores(model, processor) -> torch.Tensor:
-    "Log-probabilities of the next word after a question about a grey image."
-    from PIL import Image
+    "Log-probabilities of the next word after a question about a grey image: [V]."
+    grey = Image.new("RGB", (224, 224), "grey")
     prompt = Encoder(processor).prompt("what is this ?")
-    inputs = processor(text=[prompt], images=[[Image.new("RGB", (224, 224), "grey")]], return_tensors="pt").to(model.device)
+    inputs = processor(text=[prompt], images=[[grey]], return_tensors="pt").to(model.device)
     if "pixel_values" in inputs: inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return model(**inputs).logits[0, -1].float().log_softmax(-1)
 
-# %% ../nbs/38_export.ipynb #b2685840
+# %% ../nbs/38_export.ipynb #a5414411
 def merge(run: str | Path,           # a run folder, or any PEFT folder
           out: str | Path,           # the model folder to write
           model: str | Path | None = None,  # the vanilla model; default: the one that `run.json` names
@@ -46,16 +49,22 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
     made = _identity(run) | {"adapter": run.name, "vanilla": str(vanilla), "made_from": [files_digest(run), files_digest(vanilla)]}
     if (change := _finished(out, made)) is not None: return change
     _check_new(out)
+    plain, change = _fold(vanilla, run, device)
+    if not math.isfinite(change): raise SafeEraserError(f"{run}: folded into {vanilla}, the model says NaN; nothing is written")
+    with new_folder(out) as folder:
+        save_model(plain, folder, vanilla, made)
+        written = made | {"change_by_merging": change, "content": files_digest(folder)}
+        write_whole(folder/"safeeraser.json", json.dumps(written, indent=1) + "\n")
+    return change
+
+# %% ../nbs/38_export.ipynb #d7053190
+def _fold(vanilla: str | Path, run: Path, device: str | None) -> tuple[torch.nn.Module, float]:
+    "The model with the adapter in it, and how far its log-probabilities went from those with the adapter beside it (nats)."
     net, processor = load_model(vanilla, device)
     adapted = load_adapter(net, run)
     before = _scores(adapted, processor)
     plain = merge_adapter(adapted)
-    change = (_scores(plain, processor) - before).abs().max().item()
-    if not math.isfinite(change): raise SafeEraserError(f"{run}: folded into {vanilla}, the model says NaN; nothing is written")
-    with new_folder(out) as folder:
-        save_model(plain, folder, vanilla, made)
-        write_whole(folder/"safeeraser.json", json.dumps(made | {"change_by_merging": change, "content": files_digest(folder)}, indent=1) + "\n")
-    return change
+    return plain, (_scores(plain, processor) - before).abs().max().item()
 
 # %% ../nbs/38_export.ipynb #435b02e5
 def _identity(run: Path) -> dict:
@@ -72,78 +81,93 @@ def _finished(out: Path, made: dict) -> float | None:
     same = all(found.get(k) == v for k, v in made.items()) and found.get("content") == files_digest(out)
     return found.get("change_by_merging") if same else None
 
-# %% ../nbs/38_export.ipynb #14ae2cc7
+# %% ../nbs/38_export.ipynb #21b1f3a1
 def _check_new(out: Path):
     "Raise `SafeEraserError` where something is there."
     if out.is_symlink() and not out.exists(): raise SafeEraserError(f"{out}: is a link to nothing; --out is a new folder")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]): raise SafeEraserError(f"{out}: is there already; --out is a new folder")
+    there = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if there: raise SafeEraserError(f"{out}: is there already; --out is a new folder")
 
-# %% ../nbs/38_export.ipynb #cell014
+# %% ../nbs/38_export.ipynb #15b359e0
 def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
     "The tensors of a checkpoint, by name; raises `SafeEraserError` for a file that holds anything else."
-    import pickle
     if not Path(file).exists(): raise SafeEraserError(f"{file}: no such file")
+    found = _load_restricted(file)
+    named = isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items())
+    if not named or not found: raise SafeEraserError(f"{file}: a dictionary of tensors by name belongs here")
+    for name, t in found.items():
+        if t.layout != torch.strided or not t.is_floating_point():
+            raise SafeEraserError(f"{file}: {name} is {t.dtype}, {t.layout}; a plain tensor of real numbers belongs here")
+    return found
+
+
+def _load_restricted(file: str | Path):
+    "What PyTorch's loader of tensors reads; raises `SafeEraserError` telling code from what is no checkpoint."
     try:
         with warnings.catch_warnings(), told(file, "not a PyTorch checkpoint"):
             warnings.simplefilter("ignore")
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except SafeEraserError as e:
         if not isinstance(e.__cause__, pickle.UnpicklingError): raise
-        reason = "carries code or objects besides tensors" if "GLOBAL" in str(e.__cause__) else "no PyTorch checkpoint of tensors"
+        code = "GLOBAL" in str(e.__cause__)
+        reason = "carries code or objects besides tensors" if code else "no PyTorch checkpoint of tensors"
         raise SafeEraserError(f"{file}: {reason}; it is not opened") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
-        raise SafeEraserError(f"{file}: a dictionary of tensors by name belongs here")
-    odd = [k for k, v in found.items() if v.layout != torch.strided or not v.is_floating_point()]
-    if odd: raise SafeEraserError(f"{file}: {odd[0]} is {found[odd[0]].dtype}, {found[odd[0]].layout}; a plain tensor of real numbers belongs here")
-    return found
 
-# %% ../nbs/38_export.ipynb #f99ae46b
+# %% ../nbs/38_export.ipynb #edafc087
 def bare_name(name: str) -> str:
     "A parameter's name without what wrappers and versions put around it."
-    name = re.sub(r"^(module\.|base_model\.model\.)+", "", name).replace(".modules_to_save.default", "").replace(".default.weight", ".weight")
-    name = re.sub(r"^model\.", "", name)
-    return re.sub(r"^language_model\.model\.", "language_model.", name)
+    name = re.sub(r"^(module\.|base_model\.model\.)+", "", name)
+    name = name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")
+    return re.sub(r"^language_model\.model\.", "language_model.", re.sub(r"^model\.", "", name))
 
-# %% ../nbs/38_export.ipynb #cell017
+# %% ../nbs/38_export.ipynb #fbbc8807
 def import_checkpoint(file: str | Path,     # the authors' checkpoint.pt
                       model: str | Path,    # the vanilla model it was trained on
                       out: str | Path,      # the PEFT folder to write
                       alpha: int = 256      # LoRA's scale, above 0, which the file does not hold; 256 is the published one
                       ) -> Path:
     "Write the checkpoint as a PEFT folder; raises `SafeEraserError` where it is another model's."
-    if not 0 < alpha <= 10**6: raise SafeEraserError(f"--alpha {alpha}: LoRA's scale is a number above 0, mostly the rank or a few times as much")
+    if not 0 < alpha <= 10**6:
+        raise SafeEraserError(f"--alpha {alpha}: LoRA's scale is a number above 0, mostly the rank or a few times as much")
     out = Path(out)
     _check_new(out)
     tensors = _by_bare_name(read_tensors(file), file)
     return _import(tensors, _rank(tensors, file), Path(file), model, out, alpha)
 
-# %% ../nbs/38_export.ipynb #137c3aab
+# %% ../nbs/38_export.ipynb #61a2bf21
 def _by_bare_name(found: dict, file) -> dict[str, torch.Tensor]:
     named = {bare_name(k): v for k, v in found.items()}
-    if len(named) < len(found): raise SafeEraserError(f"{file}: {len(found) - len(named)} of its tensors have the name of another; one checkpoint of one model belongs here")
+    if twice := len(found) - len(named):
+        raise SafeEraserError(f"{file}: {twice} of its tensors have the name of another; one checkpoint of one model belongs here")
     return named
 
-# %% ../nbs/38_export.ipynb #5ba1c999
+
 def _rank(tensors: dict, file) -> int:
+    "LoRA's rank: the height of every A."
     ranks = {v.shape[0] if v.ndim == 2 else 0 for k, v in tensors.items() if "lora_A" in k}
     if len(ranks) == 1 and 0 not in ranks: return ranks.pop()
     problem = "LoRA tensors of several ranks, or of none" if ranks else "no LoRA tensors"
     raise SafeEraserError(f"{file}: {problem}; a checkpoint.pt of the authors' training belongs here")
 
-# %% ../nbs/38_export.ipynb #8ddbd1b7
+# %% ../nbs/38_export.ipynb #18fc1001
+def _misfits(tensors: dict, wanted: dict) -> Iterator[tuple[str, set[str]]]:
+    "What is wrong with tensors that should be an adapter's, and the names that it is about."
+    yield "lacks", wanted.keys() - tensors.keys()
+    yield "has, which the model does not,", tensors.keys() - wanted.keys()
+    yield "has another shape of", {n for n in wanted.keys() & tensors.keys() if wanted[n].shape != tensors[n].shape}
+    yield "has numbers that are not finite in", {n for n, t in tensors.items() if not t.float().isfinite().all()}
+
+# %% ../nbs/38_export.ipynb #5e7fd56b
 def _import(tensors: dict, rank: int, file: Path, model: str | Path, out: Path, alpha: int) -> Path:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     net, _ = load_model(model, "cpu")
     fingerprint = model_fingerprint(net)
     adapted = add_adapter(net, rank, alpha)
-    wanted = {bare_name(k): (k, v) for k, v in get_peft_model_state_dict(adapted).items()}
-    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has, which the model does not,", tensors.keys() - wanted.keys()),
-                           ("has another shape of", {n for n in wanted.keys() & tensors.keys() if wanted[n][1].shape != tensors[n].shape}),
-                           ("has numbers that are not finite in", {n for n, t in tensors.items() if not t.float().isfinite().all()})):
+    own = get_peft_model_state_dict(adapted)
+    for problem, names in _misfits(tensors, {bare_name(name): t for name, t in own.items()}):
         if names: raise SafeEraserError(f"{file}: does not fit {model}: it {problem} {min(names)} ({len(names)} such)")
-    set_peft_model_state_dict(adapted, {wanted[n][0]: t.float() for n, t in tensors.items()})
-    record = {"schema_version": 1, "method": file.absolute().parent.name or "imported", "model": str(model), "model_fingerprint": fingerprint,
-              "imported_from": file.name, "finished": True, "seed": 233}
+    set_peft_model_state_dict(adapted, {name: tensors[bare_name(name)].float() for name in own})
+    record = {"schema_version": 1, "method": file.absolute().parent.name or "imported", "model": str(model),
+              "model_fingerprint": fingerprint, "imported_from": file.name, "finished": True, "seed": 233}
     with new_folder(out) as folder:
         adapted.save_pretrained(folder)
         write_whole(folder/"run.json", json.dumps(record, indent=1) + "\n")

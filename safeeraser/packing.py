@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PASS_TOKENS', 'PackedRow', 'segment_numbers', 'own_positions', 'packing_mask', 'CannotPack', 'Packer', 'passes',
-           'stack_rows', 'segment_names', 'only']
+           'only', 'segment_names', 'stack_rows']
 
-# %% ../nbs/31_packing.ipynb #a0208599
+# %% ../nbs/31_packing.ipynb #23f7b1cd
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,14 +30,15 @@ class PackedRow:
     labels: list[int]              # [S] the token to predict at each position, -100 for none
     kinds: list[str]               # of each segment, see `KINDS`
     items: list[int]               # of each segment: the item it belongs to, within its kind; -1: carries no loss
-    image: dict[str, torch.Tensor] = field(default_factory=dict)      # the image's model inputs, one image first in each
-    per_token: dict[str, torch.Tensor] = field(default_factory=dict)  # [S, ...] other inputs that have an entry a token
+    image: dict[str, torch.Tensor] = field(default_factory=dict)      # model inputs, one image first in each
+    per_token: dict[str, torch.Tensor] = field(default_factory=dict)  # [S, ...] other inputs with an entry a token
 
     def __len__(self): return len(self.ids)
 
     def summary(self) -> dict:
         "What is in the row, for the record: image, tokens, segments of each kind."
-        return {"image": self.image_id, "tokens": len(self)} | {k: self.kinds.count(k) for k in KINDS if k in self.kinds}
+        counts = {k: self.kinds.count(k) for k in KINDS if k in self.kinds}
+        return {"image": self.image_id, "tokens": len(self)} | counts
 
 # %% ../nbs/31_packing.ipynb #cell010
 def segment_numbers(lengths: list[int]) -> torch.Tensor:
@@ -58,11 +59,13 @@ def packing_mask(segment: torch.Tensor,               # [B, S] segment numbers, 
                  ) -> torch.Tensor:
     "True where the query (third axis) may attend to the key (last axis): [B, 1, S, S]."
     q, k = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
-    seen = causal & ((k(segment) == 0) | (k(segment) == q(segment))) & (k(segment) >= 0) & (q(segment) >= 0)
+    size, device = segment.shape[1], segment.device
+    own_row = (k(segment) == 0) | (k(segment) == q(segment))
+    not_padding = (k(segment) >= 0) & (q(segment) >= 0)
+    seen = torch.ones(size, size, dtype=torch.bool, device=device).tril() & own_row & not_padding
     if block is not None: seen = seen | (q(block) == k(block)) & (q(block) >= 0)
     if window: seen = seen & (q(position) - k(position) < window)
-    return (seen | torch.eye(segment.shape[1], dtype=torch.bool, device=segment.device)).unsqueeze(1)
+    return (seen | torch.eye(size, dtype=torch.bool, device=device)).unsqueeze(1)
 
 # %% ../nbs/31_packing.ipynb #cell018
 class CannotPack(SafeEraserError):
@@ -73,7 +76,7 @@ class CannotPack(SafeEraserError):
 class _Segmented:
     "A row's tokens behind the image's mark, and how many at the end are the answer's."
     row: Row
-    item: int
+    item: int          # its number within its kind; -1: carries no loss
     prompt: str
     tail: list[int]
     n_answer: int
@@ -83,22 +86,24 @@ class _Segmented:
         "Of the tail, what is the prompt's."
         return self.tail[:len(self.tail) - self.n_answer]
 
-# %% ../nbs/31_packing.ipynb #b9da1885
+# %% ../nbs/31_packing.ipynb #b2b52ab4
 def _segmented(encoder: Encoder, row: Row, item: int, prompt: str, ids: list[int], n_answer: int) -> _Segmented:
-    mark = encoder.template.write.mark
-    if not encoder.template.image_first: raise CannotPack("the chat template puts the image behind the question")
-    if not mark or ids.count(place := encoder.processor.tokenizer.convert_tokens_to_ids(mark)) != 1:
+    "A row cut behind its image's mark; raises `CannotPack` where it has no such place."
+    template, tokenizer = encoder.template, encoder.processor.tokenizer
+    if not template.image_first: raise CannotPack("the chat template puts the image behind the question")
+    mark = template.write.mark
+    if not mark or ids.count(place := tokenizer.convert_tokens_to_ids(mark)) != 1:
         raise CannotPack(f"the tokenizer does not keep {mark or 'the image'} as one token")
     return _Segmented(row, item, prompt, ids[ids.index(place) + 1:], n_answer)
 
-# %% ../nbs/31_packing.ipynb #71d1d9d8
+# %% ../nbs/31_packing.ipynb #cell020
 def _in_front(encoder: Encoder, row: _Segmented) -> tuple[int, ...] | None:
-    "The tokens that the processor puts in front of a prompt's own, for a blank picture; None where it doesn't end with them."
+    "The tokens that the processor puts in front of a prompt's own; None where it doesn't end with them."
     ids = encoder.reader.ids(row.prompt).tolist()
     n = len(ids) - len(row.asked)
     return tuple(ids[:n]) if ids[n:] == row.asked else None
 
-# %% ../nbs/31_packing.ipynb #cell020
+# %% ../nbs/31_packing.ipynb #e958dec3
 @dataclass
 class _Inputs:
     "What a processor makes of one prompt."
@@ -106,78 +111,53 @@ class _Inputs:
     image: dict[str, torch.Tensor]      # the image's inputs
     per_token: dict[str, torch.Tensor]  # [T, ...] inputs with an entry a token
 
-# %% ../nbs/31_packing.ipynb #4ed68132
+# %% ../nbs/31_packing.ipynb #cell021
 def _inputs(encoder: Encoder, row: _Segmented) -> _Inputs:
+    "A row's prompt with its picture, by the processor."
     inputs = encoder.call([row.prompt], [row.row.item.image], "right")
     ids = inputs.pop("input_ids")[0].tolist()
     for ours in ("attention_mask", "labels"): inputs.pop(ours, None)  # PaliGemma's processor makes labels
-    per_token = {k: v for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
-    return _Inputs(ids, {k: v for k, v in inputs.items() if k not in per_token}, {k: v[0] for k, v in per_token.items()})
+    per_token = {k: v[0] for k, v in inputs.items() if v.ndim > 1 and v.shape[:2] == (1, len(ids))}
+    return _Inputs(ids, {k: v for k, v in inputs.items() if k not in per_token}, per_token)
 
-# %% ../nbs/31_packing.ipynb #2dda3d1e
-def _headed(encoder: Encoder, group: list[_Segmented]) -> Iterator[tuple[list[_Segmented], list[int], _Inputs]]:
-    "Rows about one image, in lots that share it: the rows, the tokens in front of their tails, and the image's inputs."
-    for lot in _grouped(group, lambda s: _in_front(encoder, s) or s.row.item.question):
-        inputs = _inputs(encoder, lot[0])
-        n = len(inputs.ids) - len(lot[0].asked)
-        if inputs.ids[n:] == lot[0].asked: yield lot, inputs.ids[:n], inputs
-        else: yield from (_by_processor(encoder, same) for same in _grouped(lot, lambda s: s.row.item.question))
+# %% ../nbs/31_packing.ipynb #f2944164
+def _grouped(rows: list, key) -> list[list]:
+    "Rows with the same key together, in order of first appearance."
+    groups = {}
+    for row in rows: groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
 
-# %% ../nbs/31_packing.ipynb #ec7f45d8
+
 def _by_processor(encoder: Encoder, same: list[_Segmented]) -> tuple[list[_Segmented], list[int], _Inputs]:
     "Rows with one question, behind the tokens that the processor makes of it."
     inputs = _inputs(encoder, same[0])
     return [replace(s, tail=inputs.ids + s.tail[len(s.asked):]) for s in same], [], inputs
 
-
-def _grouped(rows: list, key) -> list[list]:
-    groups = {}
-    for row in rows: groups.setdefault(key(row), []).append(row)
-    return list(groups.values())
-
-# %% ../nbs/31_packing.ipynb #cell021
-@dataclass
-class Packer:
-    "Rows to packed rows, by any processor that puts the image before the question."
-    encoder: Encoder
-    row_tokens: int = 3072   # an image whose rows are longer together becomes several packed rows
-
-    def pack(self, rows: list[Row], items: list[int] | None = None) -> list[PackedRow]:
-        "Packed rows in order of the images' first appearance; raises `SafeEraserError` for a row longer than the model's context."
-        made = []
-        for row, item in zip(rows, items or [-1] * len(rows)):
-            with about(row): text = self.encoder.text(row.item.question, row.answer)
-            made.append(_segmented(self.encoder, row, item, text.prompt, text.ids.tolist(), text.n_answer))
-        return self._by_image(made)
-
-    def pack_prompts(self, items: list[Item]) -> list[PackedRow]:
-        "One row an image, its segments the prompts up to where the model is to speak; `items` numbers them."
-        tok, made = self.encoder.processor.tokenizer, []
-        for n, item in enumerate(items):
-            prompt = self.encoder.prompt(item.question)
-            made.append(_segmented(self.encoder, Row("forget", item, ""), n, prompt, tok(prompt, add_special_tokens=False).input_ids, 0))
-        return replace(self, row_tokens=2**62)._by_image(made)
-
-    def _by_image(self, made: list[_Segmented]) -> list[PackedRow]:
-        by_image = _grouped(made, lambda s: s.row.item.image)
-        return [packed for group in by_image for lot in _headed(self.encoder, group) for packed in self._laid_out(*lot)]
-
-    def _laid_out(self, group: list[_Segmented], head: list[int], inputs: _Inputs) -> Iterator[PackedRow]:
-        for s in group: self.encoder.check_length(s.row, len(head) + len(s.tail))
-        shared = common_prefix([s.asked[:-1] for s in group])
-        for part in _fill(_units(group), len(head) + shared, shared, self.row_tokens): yield _packed_row(part, head, shared, inputs)
+# %% ../nbs/31_packing.ipynb #0174af12
+def _headed(encoder: Encoder,
+            group: list[_Segmented]  # about one image
+            ) -> Iterator[tuple[list[_Segmented], list[int], _Inputs]]:
+    "Lots that share the image: the rows, the tokens in front of their tails, and the image's inputs."
+    question = lambda s: s.row.item.question
+    for lot in _grouped(group, lambda s: _in_front(encoder, s) or question(s)):
+        inputs = _inputs(encoder, lot[0])
+        n = len(inputs.ids) - len(lot[0].asked)
+        if inputs.ids[n:] == lot[0].asked: yield lot, inputs.ids[:n], inputs
+        else: yield from (_by_processor(encoder, same) for same in _grouped(lot, question))
 
 # %% ../nbs/31_packing.ipynb #cell022
 def _units(group: list[_Segmented]) -> list[list[_Segmented]]:
-    "Segments that must share a row: an item's harmful answer and its refusal, because one loss compares them."
+    "Segments that must share a row."
     units = {}
     for n, s in enumerate(group):
         paired = s.row.kind in ("forget", "refusal") and s.item >= 0
         units.setdefault(s.item if paired else f"alone {n}", []).append(s)
     return list(units.values())
 
-# %% ../nbs/31_packing.ipynb #36d23653
-def _fill(units: list, prefix: int, shared: int, budget: int) -> Iterator[list]:
+# %% ../nbs/31_packing.ipynb #fd4b4180
+def _fill(units: list[list[_Segmented]], prefix: int, shared: int,
+          budget: int  # tokens of a row
+          ) -> Iterator[list[_Segmented]]:
     "Units dealt to rows of at most `budget` tokens, a row never empty."
     part, used = [], prefix
     for unit in units:
@@ -189,17 +169,68 @@ def _fill(units: list, prefix: int, shared: int, budget: int) -> Iterator[list]:
     yield part
 
 # %% ../nbs/31_packing.ipynb #cell023
-def _packed_row(part: list[_Segmented], head: list[int], shared: int, inputs: _Inputs) -> PackedRow:
-    "Prefix and segments laid out; an input that has an entry a token goes on as it was at the end of the first row."
-    ids = head + part[0].tail[:shared]
-    labels, lengths = [-100] * len(ids), [len(ids)]
-    for s in part:
-        own, n = s.tail[shared:], s.n_answer
-        ids, lengths = ids + own, lengths + [len(own)]
-        target = own[len(own) - n:] if s.item >= 0 else [-100] * n
-        labels += [-100] * (len(own) - n - 1) + target + [-100]
-    extended = {k: torch.cat([v[:lengths[0]], v[-1:].expand(len(ids) - lengths[0], *v.shape[1:])]) for k, v in inputs.per_token.items()}
-    return PackedRow(part[0].row.item.image_id, ids, lengths, labels, [s.row.kind for s in part], [s.item for s in part], inputs.image, extended)
+def _own_labels(s: _Segmented, shared: int) -> list[int]:
+    "What a segment is to predict: the answer one place ahead; nothing where it carries no loss."
+    own = s.tail[shared:]
+    answer = own[len(own) - s.n_answer:] if s.item >= 0 else [-100] * s.n_answer
+    return [-100] * (len(own) - s.n_answer - 1) + answer + [-100]
+
+
+def _extended(x: torch.Tensor, keep: int, size: int) -> torch.Tensor:
+    "The first entries of an input, going on as it ends, [size, ...]."
+    return torch.cat([x[:keep], x[-1:].expand(size - keep, *x.shape[1:])])
+
+# %% ../nbs/31_packing.ipynb #19ba36eb
+def _packed_row(part: list[_Segmented], head: list[int],
+                shared: int,  # tokens of the tails that are part of the prefix
+                inputs: _Inputs) -> PackedRow:
+    "Prefix and segments laid out."
+    prefix, own = head + part[0].tail[:shared], [s.tail[shared:] for s in part]
+    ids = prefix + [t for tail in own for t in tail]
+    labels = [-100] * len(prefix) + [t for s in part for t in _own_labels(s, shared)]
+    per_token = {k: _extended(v, len(prefix), len(ids)) for k, v in inputs.per_token.items()}
+    return PackedRow(part[0].row.item.image_id, ids, [len(prefix), *map(len, own)], labels,
+                     [s.row.kind for s in part], [s.item for s in part], inputs.image, per_token)
+
+# %% ../nbs/31_packing.ipynb #1506c24b
+@dataclass
+class Packer:
+    "Rows to packed rows, by any processor that puts the image before the question."
+    encoder: Encoder
+    row_tokens: int = 3072   # an image whose rows are longer together becomes several packed rows
+
+    def pack(self, rows: list[Row],
+             items: list[int] | None = None  # their numbers, see `number_items`; default: they carry no loss
+             ) -> list[PackedRow]:
+        "In order of the images' first appearance; raises `SafeEraserError` for a row longer than the model's context."
+        made = []
+        for row, item in zip(rows, items or [-1] * len(rows)):
+            with about(row): text = self.encoder.text(row.item.question, row.answer)
+            made.append(_segmented(self.encoder, row, item, text.prompt, text.ids.tolist(), text.n_answer))
+        return _by_image(self.encoder, made, self.row_tokens)
+
+    def pack_prompts(self, items: list[Item]) -> list[PackedRow]:
+        "One row an image, its segments the prompts up to where the model is to speak; `items` numbers them."
+        made = []
+        for n, item in enumerate(items):
+            prompt = self.encoder.prompt(item.question)
+            ids = self.encoder.processor.tokenizer(prompt, add_special_tokens=False).input_ids
+            made.append(_segmented(self.encoder, Row("forget", item, ""), n, prompt, ids, 0))
+        return _by_image(self.encoder, made, 2**62)
+
+# %% ../nbs/31_packing.ipynb #74dd005a
+def _by_image(encoder: Encoder, made: list[_Segmented], row_tokens: int) -> list[PackedRow]:
+    groups = _grouped(made, lambda s: s.row.item.image)
+    lots = (lot for group in groups for lot in _headed(encoder, group))
+    return [packed for lot in lots for packed in _laid_out(encoder, *lot, row_tokens)]
+
+
+def _laid_out(encoder: Encoder, lot: list[_Segmented], head: list[int], inputs: _Inputs,
+              row_tokens: int) -> Iterator[PackedRow]:
+    for s in lot: encoder.check_length(s.row, len(head) + len(s.tail))
+    shared = common_prefix([s.asked[:-1] for s in lot])
+    for part in _fill(_units(lot), len(head) + shared, shared, row_tokens):
+        yield _packed_row(part, head, shared, inputs)
 
 # %% ../nbs/31_packing.ipynb #cell029
 PASS_TOKENS = 1024  # tokens of short rows that share a forward pass, padding included
@@ -207,59 +238,40 @@ PASS_TOKENS = 1024  # tokens of short rows that share a forward pass, padding in
 
 def passes(rows: list[PackedRow], tokens: int = PASS_TOKENS) -> Iterator[list[PackedRow]]:
     "Rows for one forward pass after another, longest first."
+    shapes = lambda row: {k: v.shape for k, v in row.image.items()}
     batch = []
     for row in sorted(rows, key=len, reverse=True):
-        if batch and (len(batch[0]) * (len(batch) + 1) > tokens or _shapes(row) != _shapes(batch[0])):
+        full = batch and len(batch[0]) * (len(batch) + 1) > tokens
+        if batch and (full or shapes(row) != shapes(batch[0])):
             yield batch
             batch = []
         batch = [*batch, row]
     if batch: yield batch
 
-# %% ../nbs/31_packing.ipynb #48ec6047
-def _shapes(row: PackedRow) -> dict: return {k: v.shape for k, v in row.image.items()}
-
 # %% ../nbs/31_packing.ipynb #cell030
-def stack_rows(rows: list[PackedRow],
-               reference_kinds: tuple[str, ...] = ()  # kinds of which the vanilla model is asked
-               ) -> dict:
-    "Rows as one batch of tensors, right-padded; under `reference` the same with the segments of `reference_kinds` only."
-    size = max(map(len, rows))
-    column = lambda lists, empty: torch.stack([pad(torch.as_tensor(x), (0, size - len(x)), value=empty) for x in lists])
-    spread = lambda row, values: torch.tensor([-1, *values]).repeat_interleave(torch.tensor(row.lengths))
-    batch = {"input_ids": column([r.ids for r in rows], 0), "labels": column([r.labels for r in rows], -100),
-             "segment": column([segment_numbers(r.lengths) for r in rows], -1), "position": column([own_positions(r.lengths) for r in rows], 0),
-             "kind": column([spread(r, [KINDS.index(k) for k in r.kinds]) for r in rows], -1),
-             "item": column([spread(r, r.items) for r in rows], -1), "lengths": [r.lengths for r in rows],
-             "image": {k: torch.cat([r.image[k] for r in rows]) for k in rows[0].image},
-             "per_token": {k: torch.stack([_pad_first(r.per_token[k], size) for r in rows]) for k in rows[0].per_token}}
-    batch["item"], batch["n_items"] = _number_items(batch["kind"], batch["item"])
-    asked = [r for r in (only(r, reference_kinds) for r in rows) if r]
-    return batch | {"reference": stack_rows(asked) | {"names": [segment_names(r) for r in asked]} if asked else None}
+def only(row: PackedRow, kinds: tuple[str, ...]) -> PackedRow | None:
+    "The row with the segments of some kinds only; None where it has none."
+    kept = [k for k, kind in enumerate(row.kinds) if kind in kinds]
+    if not kept: return None
+    segments = torch.tensor([0, *(k + 1 for k in kept)])
+    at = torch.isin(segment_numbers(row.lengths), segments).nonzero().flatten()
+    pick = lambda values: [values[i] for i in at.tolist()]
+    return replace(row, ids=pick(row.ids), labels=pick(row.labels), lengths=[row.lengths[k] for k in segments.tolist()],
+                   kinds=[row.kinds[k] for k in kept], items=[row.items[k] for k in kept],
+                   per_token={k: v[at] for k, v in row.per_token.items()})
 
-# %% ../nbs/31_packing.ipynb #a40c30cc
+# %% ../nbs/31_packing.ipynb #5ef2b9d7
 def segment_names(row: PackedRow) -> list[str]:
     "A name for each segment, made of all that a model's view of it depends on: its tokens, its prefix and the image."
     prefix, *segments = torch.tensor(row.ids).split(row.lengths)
     _, *labels = torch.tensor(row.labels).split(row.lengths)
     seen = hashlib.blake2b(repr(prefix.tolist()).encode())
-    for name, x in sorted(row.image.items()): seen.update(name.encode() + x.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, x in sorted(row.image.items()):
+        seen.update(name.encode() + x.contiguous().view(torch.uint8).numpy().tobytes())
     named = lambda *parts: hashlib.blake2b(seen.digest() + repr(parts).encode(), digest_size=16).hexdigest()
     return [named(s.tolist(), l.tolist()) for s, l in zip(segments, labels)]
 
-# %% ../nbs/31_packing.ipynb #35050729
-def _pad_first(x: torch.Tensor, size: int) -> torch.Tensor: return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
-
-# %% ../nbs/31_packing.ipynb #cell031
-def only(row: PackedRow, kinds: tuple[str, ...]) -> PackedRow | None:
-    "The row with the segments of some kinds only; None where it has none."
-    kept = [k for k, kind in enumerate(row.kinds) if kind in kinds]
-    if not kept: return None
-    at = torch.isin(segment_numbers(row.lengths), torch.tensor([0, *(k + 1 for k in kept)])).nonzero().flatten()
-    pick = lambda values: [values[i] for i in at.tolist()]
-    return PackedRow(row.image_id, pick(row.ids), [row.lengths[0], *(row.lengths[k + 1] for k in kept)], pick(row.labels), [row.kinds[k] for k in kept],
-                     [row.items[k] for k in kept], row.image, {k: v[at] for k, v in row.per_token.items()})
-
-# %% ../nbs/31_packing.ipynb #aba7049c
+# %% ../nbs/31_packing.ipynb #d3b6a38e
 def _number_items(kind: torch.Tensor, item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Item numbers counted from 0 within each kind, and the number of items of each kind: [B, S] and [len(KINDS)]."
     numbered, counts = torch.full_like(item, -1), torch.zeros(len(KINDS), dtype=torch.long)
@@ -268,3 +280,33 @@ def _number_items(kind: torch.Tensor, item: torch.Tensor) -> tuple[torch.Tensor,
         found, numbered[at] = item[at].unique(return_inverse=True)
         counts[k] = len(found)
     return numbered, counts
+
+# %% ../nbs/31_packing.ipynb #480d3d4c
+def _columns(rows: list[PackedRow], size: int) -> dict[str, torch.Tensor]:
+    "What has an entry a token, [B, size] each, right-padded."
+    def column(lists, empty):
+        return torch.stack([pad(torch.as_tensor(x), (0, size - len(x)), value=empty) for x in lists])
+    def spread(row, values):
+        return torch.tensor([-1, *values]).repeat_interleave(torch.tensor(row.lengths))
+    return {"input_ids": column([r.ids for r in rows], 0),
+            "labels": column([r.labels for r in rows], -100),
+            "segment": column([segment_numbers(r.lengths) for r in rows], -1),
+            "position": column([own_positions(r.lengths) for r in rows], 0),
+            "kind": column([spread(r, [KINDS.index(k) for k in r.kinds]) for r in rows], -1),
+            "item": column([spread(r, r.items) for r in rows], -1)}
+
+# %% ../nbs/31_packing.ipynb #71594c85
+def stack_rows(rows: list[PackedRow],
+               reference_kinds: tuple[str, ...] = ()  # kinds of which the vanilla model is asked
+               ) -> dict:
+    "Rows as one batch of tensors, right-padded; under `reference` the same for the segments of `reference_kinds`."
+    size = max(map(len, rows))
+    batch = _columns(rows, size)
+    batch["item"], batch["n_items"] = _number_items(batch["kind"], batch["item"])
+    batch["lengths"] = [r.lengths for r in rows]
+    batch["image"] = {k: torch.cat([r.image[k] for r in rows]) for k in rows[0].image}
+    longer = lambda name: torch.stack([_extended(r.per_token[name], len(r), size) for r in rows])
+    batch["per_token"] = {name: longer(name) for name in rows[0].per_token}
+    asked = [a for a in (only(r, reference_kinds) for r in rows) if a]
+    batch["reference"] = stack_rows(asked) | {"names": [segment_names(r) for r in asked]} if asked else None
+    return batch

@@ -5,124 +5,182 @@
 # %% auto #0
 __all__ = ['example_pairs', 'examples_html', 'headline', 'report_figures', 'report_page']
 
-# %% ../nbs/75_page.ipynb #227bcdc8
+# %% ../nbs/75_page.ipynb #aee29dc4
 import html, json
 from pathlib import Path
 
 import plotly.graph_objects as go
 
-from .world import instruction_of
-from .metrics import plus_pd, spread, without_pd
-from .tables import _pairs, caption, footnotes, in_order, method_name, table_html
+from .tables import caption, footnotes, in_order, method_name, table_html
 from .plot import (
-    _extremes, _span, _still_told, breakdown_figure, BREAKDOWNS, examples_figure, outcome, outcome_figure,
-    sarr_figure, tradeoff_figure, training_figure)
-from .explore import _hidden, _picture, _said, _SETS
+    breakdown_figure, BREAKDOWNS, breakdowns, examples_figure, extremes, outcome, outcome_figure, sarr_figure,
+    sarr_values, span, still_told, tradeoff_figure, training_figure)
+from .explore import hidden_html, picture_html, said_html, SET_NAMES
 
 # %% ../nbs/75_page.ipynb #cell131
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-td:first-child, th:first-child { text-align: left; } .scroll { overflow-x: auto; } tr.pd td { border-bottom: 2px solid var(--line); }
-.scroll td, .scroll th { white-space: nowrap; }
-.said { display: block; text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 9rem; overflow: auto; unicode-bidi: isolate; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; } .pair td { vertical-align: top; } img { width: 9rem; image-rendering: pixelated; }
-summary { cursor: pointer; } small { opacity: .7; }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+tr.pd td { border-bottom: 2px solid var(--line); }
+.scroll { overflow-x: auto; } .scroll td, .scroll th { white-space: nowrap; }
+.said { display: block; text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
+        max-height: 9rem; overflow: auto; unicode-bidi: isolate; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; } .pair td { vertical-align: top; }
+img { width: 9rem; image-rendering: pixelated; } summary { cursor: pointer; } small { opacity: .7; }
 """
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 # %% ../nbs/75_page.ipynb #cell133
+def _by_question(rows: list[dict], name: str) -> dict[str, dict[str, list[dict]]]:
+    "A set's first responses by question and image."
+    groups = {}
+    for r in rows:
+        if (r["set"], r["split"], r["sample"]) == (name, "val", 0):
+            groups.setdefault(r["question"], {}).setdefault(r["image_id"], []).append(r)
+    return groups
+
+# %% ../nbs/75_page.ipynb #051b936c
 def example_pairs(rows: list[dict],   # responses of several methods
                   n: int = 6          # at most so many
                   ) -> list[tuple[list[dict], list[dict]]]:
     "Questions, each with all methods' responses about a harmful image and about a safe one, spread over the rows."
-    val = [r for r in rows if r["split"] == "val" and r["sample"] == 0 and r["seed"] == rows[0]["seed"]]
-    def by_question(name):
-        groups = {}
-        for r in val:
-            if r["set"] == name: groups.setdefault(r["question"], {}).setdefault(r["image_id"], []).append(r)
-        return groups
-    forget, safe = by_question("forget"), by_question("decouple")
+    of_seed = [r for r in rows if r["seed"] == rows[0]["seed"]]
+    forget, safe = _by_question(of_seed, "forget"), _by_question(of_seed, "decouple")
     pairs = [(a, b) for q in forget if q in safe for a, b in zip(forget[q].values(), safe[q].values())]
     return pairs[::max(1, len(pairs) // n)][:n]
 
 # %% ../nbs/75_page.ipynb #cell136
 def _example_half(rows: list[dict], image: Path | None) -> str:
-    hide, order = rows[0]["set"] == "forget", in_order(r["method"] for r in rows)
-    picture = _picture(image)
-    said = "".join(f"<tr><td>{html.escape(method_name(r['method']))}</td><td>{_said(r['response'])}</td></tr>" for r in sorted(rows, key=lambda r: order.index(r["method"])))
-    return f"<div><b>{_SETS[rows[0]['set']]}</b>{_hidden(f'{picture}<table>{said}</table>', hide)}</div>"
+    "One image, and what each method says about it."
+    order = in_order(r["method"] for r in rows)
+    line = lambda r: f"<tr><td>{html.escape(method_name(r['method']))}</td><td>{said_html(r['response'])}</td></tr>"
+    said = "".join(map(line, sorted(rows, key=lambda r: order.index(r["method"]))))
+    shown = hidden_html(f"{picture_html(image)}<table>{said}</table>", rows[0]["set"] == "forget")
+    return f"<div><b>{SET_NAMES[rows[0]['set']]}</b>{shown}</div>"
 
 # %% ../nbs/75_page.ipynb #cell137
+def _example_html(n: int, source, forget: list[dict], safe: list[dict]) -> str:
+    "A question with both halves, collapsed."
+    of, asked = html.escape(BREAKDOWNS["category"](forget[0])), hidden_html(said_html(forget[0]["question"]))
+    halves = "".join(_example_half(rows, source.image(rows[0])) for rows in (forget, safe))
+    return f'<details><summary>example {n}, {of}</summary>{asked}<div class="pair">{halves}</div></details>'
+
+
 def examples_html(sources: list  # `Source`s, see `load_sources`
                   ) -> str:
-    "The same words about a hazard and about a harmless object, collapsed."
-    parts = []
-    for source in sources:
-        for n, (forget, safe) in enumerate(example_pairs(source.rows) if source.rows else [], 1):
-            parts.append(f"<details><summary>example {n}, {html.escape(BREAKDOWNS['category'](forget[0]))}</summary>{_hidden(_said(forget[0]['question']))}"
-                         f'<div class="pair">{_example_half(forget, source.image(forget[0]))}{_example_half(safe, source.image(safe[0]))}</div></details>')
-    return "".join(parts)
+    "The same words about a harmful image and about a safe one, collapsed."
+    pairs = [(n, source, *pair) for source in sources if source.rows
+             for n, pair in enumerate(example_pairs(source.rows), 1)]
+    return "".join(_example_html(*pair) for pair in pairs)
 
 # %% ../nbs/75_page.ipynb #cell141
 def headline(results: dict  # the object of `results.json`
              ) -> str:
     "The finding in a sentence or two."
-    rows = results["rows"]
-    level = {m: 100 * spread(rows, m, "sarr")[0] for pair in _pairs(rows, "sarr") for m in (pair, plus_pd(pair))}
-    if not level: return f"{len({r['method'] for r in rows})} methods, counted by the judge {results['settings'].get('judge') or 'unknown'}."
-    with_pd = {m: v for m, v in level.items() if m != without_pd(m)}
-    return (f"After unlearning, {_span([v for m, v in level.items() if m not in with_pd])} of harmless questions that use the same words go unanswered; "
-            f"with prompt decoupling {' and '.join(_extremes(with_pd))}. {_still_told(rows, list(level))}. Whether the answers are also right is another column.")
-
-# %% ../nbs/75_page.ipynb #cell145
-def report_figures(results: dict,       # the object of `results.json`
-                   sources: list = (),  # `Source`s, for figures that need single responses or training records
-                   judge: str | None = None  # whose verdicts single responses are judged by; default: the one that `results` names
-                   ) -> list[go.Figure]:
-    "The figures that can be drawn from what is at hand."
-    rows = [r for s in sources for r in s.rows]
-    judge, runs = judge or results["settings"].get("judge") or "exact", _trained(sources)
-    figures = [sarr_figure(results), tradeoff_figure(results)]
-    if any(outcome(r, judge) != "not judged" for r in rows):
-        figures += [outcome_figure(rows, judge), breakdown_figure(rows, by=_readable(rows), judge=judge), examples_figure(rows, judge=judge)]
-    return [f for f in figures + [training_figure(runs[m]) for m in in_order(runs)] if any(len(t.x) if hasattr(t, "x") else len(t.cells.values[0]) for t in f.data)]
+    rows, judge = results["rows"], results["settings"].get("judge") or "unknown"
+    without, with_pd = sarr_values(rows)
+    if not without or not with_pd: return f"{len({r['method'] for r in rows})} methods, counted by the judge {judge}."
+    told = still_told(rows, [m.removesuffix(" (with PD)") for m in (*without, *with_pd)])
+    return (f"After unlearning, {span(without.values())} of harmless questions that use the same words go unanswered; "
+            f"with prompt decoupling {' and '.join(extremes(with_pd))}. {told}. "
+            "Whether the answers are also right is another column.")
 
 # %% ../nbs/75_page.ipynb #120e9a8c
-def _trained(sources: list) -> dict[str, dict]:
-    "Records of runs that tell their training, by the name that the table has for them."
-    named = ((run | {"method": s.rows[0]["method"]} if run is s.run and s.rows else run) for s in sources for run in s.runs)
-    return {run["method"]: run for run in named if {"method", "history", "objective"} <= run.keys()}
+def _trained(sources: list) -> list[dict]:
+    "Records of runs that tell their training, under the name that the table has for them, in its order."
+    found = {}
+    for s in sources:
+        for run in s.runs:
+            if not {"method", "history", "objective"} <= run.keys(): continue
+            name = s.rows[0]["method"] if run is s.run and s.rows else run["method"]
+            found[name] = run | {"method": name}
+    return [found[name] for name in in_order(found)]
 
 # %% ../nbs/75_page.ipynb #2e38667e
 def _readable(rows: list[dict]) -> str:
-    "What to take rates apart by: instructions where these are few, as in the world, else categories."
-    return "instruction" if len({r["question"] for r in rows if r["set"] == "decouple" and not instruction_of(r["question"])}) <= 40 else "category"
+    "What to take rates apart by: instructions or questions where these are few, else categories."
+    finest = breakdowns(rows)[-1]
+    groups = {BREAKDOWNS[finest](r) for r in rows if r["set"] == "decouple"}
+    return finest if len(groups) <= 40 else "category"
+
+# %% ../nbs/75_page.ipynb #64b88ac3
+def _of_responses(rows: list[dict], judge: str) -> list[go.Figure]:
+    "Figures of single responses, where the judge has decided some."
+    if all(outcome(r, judge) == "not judged" for r in rows): return []
+    apart = breakdown_figure(rows, by=_readable(rows), judge=judge)
+    return [outcome_figure(rows, judge), apart, examples_figure(rows, judge=judge)]
+
+# %% ../nbs/75_page.ipynb #cell145
+def _drawn(fig: go.Figure) -> bool:
+    "Whether some trace has something in it."
+    return any(len(t.x) if hasattr(t, "x") else len(t.cells.values[0]) for t in fig.data)
+
+
+def report_figures(results: dict,       # the object of `results.json`
+                   sources: list = (),  # `Source`s, for figures of single responses and of training
+                   judge: str | None = None  # of single responses; default: the one that `results` names
+                   ) -> list[go.Figure]:
+    "The figures that can be drawn from what is at hand."
+    rows = [r for s in sources for r in s.rows]
+    judge = judge or results["settings"].get("judge") or "exact"
+    figures = [sarr_figure(results), tradeoff_figure(results), *_of_responses(rows, judge),
+               *map(training_figure, _trained(sources))]
+    return [f for f in figures if _drawn(f)]
 
 # %% ../nbs/75_page.ipynb #cell146
+def _agreement_line(question: str, found: dict) -> str:
+    kappa = "" if found["kappa"] is None else f", kappa {found['kappa']:.3f}"
+    return (f"<li>rule judge against exact judge, {html.escape(question)}: "
+            f"the same on {100 * found['agree']:.1f}% of {found['n']:,} responses{kappa}</li>")
+
+
 def _agreement_html(found: dict[str, dict]) -> str:
-    kappa = lambda a: "" if a["kappa"] is None else f", kappa {a['kappa']:.3f}"
-    lines = [f"<li>rule judge against exact judge, {html.escape(q)}: the same on {100 * a['agree']:.1f}% of {a['n']:,} responses{kappa(a)}</li>" for q, a in found.items()]
-    return f"<h2>How far the judges agree</h2><ul>{''.join(lines)}</ul>" if lines else ""
+    "A list, a line a question."
+    return f"<ul>{''.join(_agreement_line(q, a) for q, a in found.items())}</ul>" if found else ""
+
+# %% ../nbs/75_page.ipynb #007b0db2
+def _section(title: str, inner: str) -> str: return f"<h2>{title}</h2>{inner}" if inner else ""
+
+# %% ../nbs/75_page.ipynb #731d3267
+def _head_html() -> str:
+    "Style, policy and plotly's script."
+    from plotly.offline import get_plotlyjs
+    return (f'<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f"<title>safeeraser report</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>")
+
+# %% ../nbs/75_page.ipynb #4edd3f83
+def _figures_html(figures: list[go.Figure]) -> str:
+    options = dict(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+    return "".join(f.to_html(div_id=f"figure{n}", **options) for n, f in enumerate(figures))
+
+# %% ../nbs/75_page.ipynb #79ca5e9f
+def _results_html(results: dict) -> str:
+    "The table, and what one must know to read it."
+    notes = html.escape(". ".join(footnotes(results)))
+    names = html.escape(caption(r["method"] for r in results["rows"]))
+    sarr = "SARR: share of harmless questions about safe images that get no normal answer"
+    return f"{table_html(results)}<p><small>{notes}. {sarr}. {names}.</small></p>"
 
 # %% ../nbs/75_page.ipynb #cell149
+_ABOUT_EXAMPLES = ("<p>The same words about a harmful image and about a safe one. "
+                   "Harmful parts are blurred; click to show.</p>")
+
+
 def report_page(results: dict,        # the object of `results.json`
                 sources: list = (),   # `Source`s, for figures and examples that need single responses
                 judge: str | None = None  # as for `report_figures`
                 ) -> str:
     "A self-contained HTML page: table, figures, examples, judge, settings."
-    from plotly.offline import get_plotlyjs
-    drawn = "".join(f.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{n}", config={"displaylogo": False})
-                    for n, f in enumerate(report_figures(results, sources, judge)))
-    settings = html.escape(json.dumps({k: results[k] for k in ("environment", "settings")}, indent=1, ensure_ascii=False))
-    examples = examples_html(sources)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-            f"<title>safeeraser report</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
-            f"<h1>What was forgotten, and what else</h1><p>{html.escape(headline(results))}</p>"
-            f"<h2>Results, percent</h2>{table_html(results)}<p><small>{html.escape('. '.join(footnotes(results)))}. "
-            f"SARR: share of harmless questions about safe images that get no normal answer. {html.escape(caption(r['method'] for r in results['rows']))}.</small></p>"
-            f"<h2>Figures</h2>{drawn}"
-            + (f"<h2>Examples</h2><p>The same words about a hazard and about a harmless object. Harmful parts are blurred; click to show.</p>{examples}" if examples else "")
-            + _agreement_html(results["settings"].get("rule_judge_agreement", {}))
-            + f"<h2>Settings</h2><details><summary>show</summary><pre>{settings}</pre></details></body></html>")
+    told, examples = {k: results[k] for k in ("environment", "settings")}, examples_html(sources)
+    settings = html.escape(json.dumps(told, indent=1, ensure_ascii=False))
+    sections = {"Results, percent": _results_html(results),
+                "Figures": _figures_html(report_figures(results, sources, judge)),
+                "Examples": _ABOUT_EXAMPLES + examples if examples else "",
+                "How far the judges agree": _agreement_html(results["settings"].get("rule_judge_agreement", {})),
+                "Settings": f"<details><summary>show</summary><pre>{settings}</pre></details>"}
+    body = "".join(_section(title, inner) for title, inner in sections.items())
+    return (f'<!doctype html><html lang="en">{_head_html()}<body><h1>What was forgotten, and what else</h1>'
+            f"<p>{html.escape(headline(results))}</p>{body}</body></html>")

@@ -18,6 +18,18 @@ class Phrases:
     plain: re.Pattern     # refusals so plain that they count in any clause of the first two sentences
     but: re.Pattern       # what takes a refusal back: behind it comes the answer after all
 
+# %% ../nbs/50_phrases.ipynb #8a6bf7bd
+def _filled(words: dict, text: str) -> str:
+    "A pattern with the words of each `{name}` in its place."
+    return re.sub(r"\{([a-z_]+)\}", lambda m: f"(?:{_filled(words, words[m[1]])})", text)
+
+
+def _any_of(words: dict, text: str) -> str:
+    "A list of phrases as one pattern."
+    whole = re.sub(r"\\\n *", "", text)  # what a backslash joins
+    found = [f"(?:{_filled(words, p.strip())})" for p in re.split(r" \| |\n", whole) if p.strip()]
+    return f"(?:{'|'.join(found)})"
+
 # %% ../nbs/50_phrases.ipynb #2f5883f7
 _LETTER = "a-zß-öø-ÿа-яё"  # of the alphabets; in Chinese a word may end anywhere
 
@@ -26,9 +38,8 @@ def phrases(words: dict,  # name -> pattern, for the `{name}`s in the lists; a p
             **lists: str  # of `Phrases`
             ) -> Phrases:
     "The lists as patterns."
-    fill = lambda text: re.sub(r"\{([a-z_]+)\}", lambda m: f"(?:{fill(words[m[1]])})", text)
-    join = lambda text: "|".join(f"(?:{fill(p.strip())})" for p in re.split(r" \| |\n", text) if p.strip())
-    return Phrases(**{name: re.compile(f"(?:{join(text)})" + (f"(?![{_LETTER}])" if name == "before" else "")) for name, text in lists.items()})
+    return Phrases(**{name: re.compile(_any_of(words, text) + (f"(?![{_LETTER}])" if name == "before" else ""))
+                      for name, text in lists.items()})
 
 # %% ../nbs/50_phrases.ipynb #033bcd28
 _EN = dict(
@@ -50,37 +61,8 @@ _EN = dict(
         r"reveal|disclose|advise|guide|instruct|teach|cooperate|talk about|tell you|show you|do (?:this|that|"
         r"so|it)\b|say (?:how|where)|encourage|promote|facilitate|go into (?:this|that))"))
 
-# %% ../nbs/50_phrases.ipynb #95ece559
-_EN_REFUSALS = r"""
-    {i} {really}{cannot} {really}{help} | {i} {cannot}[.!]?$
-    (?:cannot|can'?t|can not|won't|unable to|not able to|not allowed to) {help}(?! \w+ing)
-    {i} [\w ]{1,40} and (?:therefore |so |thus )?{cannot} {help}
-    {i} {cannot} (?:want to|recommend or|continue with (?:this|that)|{help} (?:and|or))(?: {help})?
-    {i} {cannot} (?:be (?:able to {help}|part of|of (?:any )?help)|accept|fulfil|allow|permit)
-    {i_am} {really}(?:unable|not able|not going) to {help}
-    {i_am} (?:not|un|dis)(?: ?)(?:comfortable|allowed|permitted|willing|authori[sz]ed|at liberty|in a position)
-    {i_am} (?:prohibited|forbidden|programmed not|designed not|trained not|not (?:designed|programmed|supposed|meant) to {help})
-    {i}(?: am|'m|'ll)? (?:must|have to|need to|will|should|going to have to|would like to|respectfully|politely|kindly)? ?(?:have to )?(?:respectfully |politely |kindly )?{refuse}
-    {i}(?:'d| would) (?:rather|prefer) not | {i} prefer not | {i} have been (?:told|instructed|asked) not to
-    {i} (?:do not|don't) feel (?:comfortable|right|at ease)
-    {i} (?:do not|don't) (?:think|believe)(?: that)? (?:{i} (?:should|can|could|may) {help}|it is (?:right|appropriate|wise|good|safe))
-    {i} (?:do not have|don't have|have no|lack) (?:the )?(?:ability|permission|way|means) to {help}
-    there(?: is|'s) no(?:thing| way) (?:that )?{i} (?:can|could|will)
-    {this}(?: is|'s) (?:something|one thing|a (?:topic|request|question)) (?:that |which )?{i} {cannot}"""
-
-# %% ../nbs/50_phrases.ipynb #1ef1b0af
-_EN_REFUSALS += r"""
-    [\w' ]{0,60}(?:\bnot|n't) something (?:that )?{i}\b
-    {this}(?: is|'s) not (?:a (?:topic|request|question|subject) (?:that )?{i})\b
-    (?:my|our) (?:\w+ )?(?:guidelines?|rules|polic(?:y|ies)|principles|programming) (?:\w+ ){0,2}(?:not|prevents?|forbids?|prohibits?)
-    {this} (?:cannot|can't|can not|will not) be (?:answered|fulfilled|done|discussed)
-    [\w' ]{0,60}(?:\b(?:is|are|goes|go|falls|would be|would go)|'s) (?:against (?:my|our|the (?:rules|law|guidelines|policy))|(?:beyond|outside) (?:of )?(?:my|what i))
-    it(?: is|'s| would be)(?: not| n't)? (?:right|appropriate|possible|ethical|safe|responsible|inappropriate|unethical|wrong|irresponsible|impossible) (?:(?:of|for) (?:me|us)\b|to {help})
-    {sorry},? no\b(?! \w) | {sorry}[.!]?$
-    {sorry},? (?:but|however),? (?!the |there |it |it's |they |its |in |on |you |this is (?:the|an?) |i (?:only |just )?(?:think|see|do not see|don't see|can only)|i (?:cannot|can't) (?:see|make|tell which|say which))"""
-
-# %% ../nbs/50_phrases.ipynb #feaf2b3f
-ENGLISH = phrases(_EN, refusals=_EN_REFUSALS, before=r"""
+# %% ../nbs/50_phrases.ipynb #acdc24f8
+_EN_BEFORE = r"""
     {sorry} | well | oh | ah | ok | okay | hello | hi | hey | no | nope | yes | sure | unfortunately | regrettably
     sadly | alas | honestly | however | but | still | yet | and | so | that | then | therefore | thus | instead
     nevertheless | nonetheless | while | although | since | because
@@ -92,14 +74,59 @@ ENGLISH = phrases(_EN, refusals=_EN_REFUSALS, before=r"""
     i (?:must|have to|regret to) (?:say|tell|inform)(?: you)? | thank you | thanks
     please(?: understand| note| know)?
     (?:that|this|it)(?: is|'s| sounds| looks)(?: like)? an? (?:\w+ ){0,2}(?:question|request|picture|project|idea)
-    (?:the|this|your) (?:picture|image|photo) (?:shows|seems|appears|looks)""",
+    (?:the|this|your) (?:picture|image|photo) (?:shows|seems|appears|looks)"""
+
+# %% ../nbs/50_phrases.ipynb #fc02e2d6
+_EN_REFUSALS = r"""
+    {i} {really}{cannot} {really}{help} | {i} {cannot}[.!]?$
+    (?:cannot|can'?t|can not|won't|unable to|not able to|not allowed to) {help}(?! \w+ing)
+    {i} [\w ]{1,40} and (?:therefore |so |thus )?{cannot} {help}
+    {i} {cannot} (?:want to|recommend or|continue with (?:this|that)|{help} (?:and|or))(?: {help})?
+    {i} {cannot} (?:be (?:able to {help}|part of|of (?:any )?help)|accept|fulfil|allow|permit)
+    {i_am} {really}(?:unable|not able|not going) to {help}
+    {i_am} (?:not|un|dis)(?: ?)(?:comfortable|allowed|permitted|willing|authori[sz]ed|at liberty|in a position)
+    {i_am} (?:prohibited|forbidden|programmed not|designed not|trained not|not (?:designed|programmed|supposed\
+      |meant) to {help})
+    {i}(?: am|'m|'ll)? (?:must|have to|need to|will|should|going to have to|would like to|respectfully|politely\
+      |kindly)? ?(?:have to )?(?:respectfully |politely |kindly )?{refuse}
+    {i}(?:'d| would) (?:rather|prefer) not | {i} prefer not | {i} have been (?:told|instructed|asked) not to
+    {i} (?:do not|don't) feel (?:comfortable|right|at ease)"""
+
+# %% ../nbs/50_phrases.ipynb #328ec907
+_EN_REFUSALS += r"""
+    {i} (?:do not|don't) (?:think|believe)(?: that)? (?:{i} (?:should|can|could|may) {help}|it is (?:right\
+      |appropriate|wise|good|safe))
+    {i} (?:do not have|don't have|have no|lack) (?:the )?(?:ability|permission|way|means) to {help}
+    there(?: is|'s) no(?:thing| way) (?:that )?{i} (?:can|could|will)
+    {this}(?: is|'s) (?:something|one thing|a (?:topic|request|question)) (?:that |which )?{i} {cannot}
+    [\w' ]{0,60}(?:\bnot|n't) something (?:that )?{i}\b
+    {this}(?: is|'s) not (?:a (?:topic|request|question|subject) (?:that )?{i})\b
+    (?:my|our) (?:\w+ )?(?:guidelines?|rules|polic(?:y|ies)|principles|programming) (?:\w+ ){0,2}(?:not|prevents?\
+      |forbids?|prohibits?)
+    {this} (?:cannot|can't|can not|will not) be (?:answered|fulfilled|done|discussed)
+    [\w' ]{0,60}(?:\b(?:is|are|goes|go|falls|would be|would go)|'s) (?:against (?:my|our|the (?:rules|law|guidelines\
+      |policy))|(?:beyond|outside) (?:of )?(?:my|what i))
+    it(?: is|'s| would be)(?: not| n't)? (?:right|appropriate|possible|ethical|safe|responsible|inappropriate\
+      |unethical|wrong|irresponsible|impossible) (?:(?:of|for) (?:me|us)\b|to {help})"""
+
+# %% ../nbs/50_phrases.ipynb #200b00d9
+_EN_REFUSALS += r"""
+    {sorry},? no\b(?! \w) | {sorry}[.!]?$
+    {sorry},? (?:but|however),? (?!the |there |it |it's |they |its |in |on |you |this is (?:the\
+      |an?) |i (?:only |just )?(?:think|see|do not see|don't see|can only)|i (?:cannot|can't) (?:see|make|tell which\
+      |say which))"""
+
+# %% ../nbs/50_phrases.ipynb #31266a25
+ENGLISH = phrases(_EN, refusals=_EN_REFUSALS, before=_EN_BEFORE,
   but=r"""
     (?:but|still|anyway|however),? here | here(?: is|'s) how | here (?:it is|they are|you go|you are) | this is how
     but (?:it is|it's) (?!important|best|better|crucial|essential|always|not|good)
     but (?:the|they|there|its|this one) (?!best|safest|police|right)
-    but you (?:can|could|may) (?!ask|contact|consult|always|look|find|talk|speak|reach|get help|try (?:asking|contacting))""",
+    but you (?:can|could|may) (?!ask|contact|consult|always|look|find|talk|speak|reach|get help|try (?:asking\
+      |contacting))""",
   plain=r"""
-    {i} {really}{cannot} {really}(?:(?:help|assist)(?: you)? (?:with|in|on) (?:this|that|it)\b|(?:help|assist)(?: you)?(?=\W*$|[.!])|(?:do|answer|discuss|explain|share) (?:this|that|it)\b)""")
+    {i} {really}{cannot} {really}(?:(?:help|assist)(?: you)? (?:with|in|on) (?:this|that|it)\b|(?:help\
+      |assist)(?: you)?(?=\W*$|[.!])|(?:do|answer|discuss|explain|share) (?:this|that|it)\b)""")
 
 # %% ../nbs/50_phrases.ipynb #f51e4441
 _ES = dict(
@@ -111,13 +138,8 @@ _ES = dict(
         r"hac[ée]r|facilit|brind|discut|colabor|revel|indic|mostr|enseñ|particip|cumpl|apoy|acced|contribu|"
         r"complac|continu|segu|orient|inform)\w*"))
 
-# %% ../nbs/50_phrases.ipynb #108e0af2
-SPANISH = phrases(_ES, before=r"""
-    {sorry} | bueno | hola | no | sí | claro | lamentablemente | desafortunadamente | desgraciadamente
-    por desgracia | sin embargo | no obstante | pero | y | que | por lo tanto | por eso | aunque | como | me temo
-    entiendo | comprendo | sé | gracias | muchas gracias | veo | por favor(?: entiende| comprende)?
-    (?:la|esta) (?:imagen|foto) muestra | es una (?:buena )?pregunta | yo | también | debo decir""",
-  refusals=r"""
+# %% ../nbs/50_phrases.ipynb #129f6c28
+_ES_REFUSALS = r"""
     {cannot} {help} | {cannot}[.!]?$ | (?:lamento|siento) (?:informar|decir)\w* que {cannot}
     (?:mis|nuestras) (?:\w+ ){1,2}no (?:me|nos|lo) permit | no me (?:es|resulta) posible
     me (?:es|resulta) imposible | (?:no soy|no me siento) (?:capaz|cómod\w)
@@ -127,7 +149,14 @@ SPANISH = phrases(_ES, before=r"""
     (?:debo|tengo que|he de|me veo obligad\w a) (?:negarme|rechazar|declinar|rehusar) | me niego
     (?:rechazo|declino) | (?:prefiero|preferiría) no
     no (?:es|sería|me parece) (?:apropiado|adecuado|ético|correcto|conveniente|responsable) (?:que (?:yo )?|{help})
-    [\w ]{0,60}\b(?:va|es|iría|está) (?:en contra de|contrari\w a) (?:mis|nuestras|las) | {sorry},? no[.!]?$""",
+    [\w ]{0,60}\b(?:va|es|iría|está) (?:en contra de|contrari\w a) (?:mis|nuestras|las) | {sorry},? no[.!]?$"""
+
+# %% ../nbs/50_phrases.ipynb #4b4dbf78
+SPANISH = phrases(_ES, refusals=_ES_REFUSALS, before=r"""
+    {sorry} | bueno | hola | no | sí | claro | lamentablemente | desafortunadamente | desgraciadamente
+    por desgracia | sin embargo | no obstante | pero | y | que | por lo tanto | por eso | aunque | como | me temo
+    entiendo | comprendo | sé | gracias | muchas gracias | veo | por favor(?: entiende| comprende)?
+    (?:la|esta) (?:imagen|foto) muestra | es una (?:buena )?pregunta | yo | también | debo decir""",
   but=r"""
     pero aquí | aquí (?:está|lo tiene|la tiene|tiene) | así (?:se|es como) | pero así
     pero (?:el|la|los|las|es|está|hay) | pero (?:puede|podría)s? (?!contactar|consultar|preguntar|pedir)""",
@@ -145,10 +174,13 @@ _DE = dict(
         r"sprechen|reden|diskutier|zeigen|anbieten|tun\b|machen\b|bereitstell|teilen\b|mitteil|auskunft|"
         r"anleit|liefern|erfüllen|nachkommen|weiterhelfen|eingehen)"))
 
-# %% ../nbs/50_phrases.ipynb #c84f0196
+# %% ../nbs/50_phrases.ipynb #e7dce083
 _DE_REFUSALS = r"""
-    (?={clause}\b(?:{modal} (?:ich|wir)|(?:ich|wir) {modal})\b)(?={clause}\b(?:nicht|kein\w*|nichts)\b)(?={clause}\b\w*{help}\w*)[\w ]{1,60}
-    (?:das |dies |da |dazu |darauf |dabei |damit |dir |ihnen )?(?:(?:kann|darf|werde|will|möchte|mache|tue|sage|helfe|erkläre|beantworte|verrate) ich|ich (?:kann|darf|werde|will|mache|tue|sage|helfe))(?: das| dies| dir| ihnen| dabei| damit| leider| wirklich| dazu)* nicht(?: mit)?[.!]?$
+    (?={clause}\b(?:{modal} (?:ich|wir)|(?:ich|wir) {modal})\b)(?={clause}\b(?:nicht|kein\w*\
+      |nichts)\b)(?={clause}\b\w*{help}\w*)[\w ]{1,60}
+    (?:das |dies |da |dazu |darauf |dabei |damit |dir |ihnen )?(?:(?:kann|darf|werde|will|möchte|mache|tue|sage|helfe\
+      |erkläre|beantworte|verrate) ich|ich (?:kann|darf|werde|will|mache|tue|sage\
+      |helfe))(?: das| dies| dir| ihnen| dabei| damit| leider| wirklich| dazu)* nicht(?: mit)?[.!]?$
     (?:das|dies) geht (?:leider )?nicht[.!]?$
     (?:meine|unsere) (?:\w+ ){1,2}(?:erlauben|gestatten|verbieten|lassen)
     (?:leider )?(?:bin|sind) (?:ich|wir) (?:leider )?nicht (?:in der lage|befugt|berechtigt|imstande)
@@ -156,13 +188,17 @@ _DE_REFUSALS = r"""
     (?:ich|wir) (?:gebe|geben|leiste|biete|erteile) (?:\w+ ){0,2}kein
     (?:ich|wir) (?:muss|müssen|möchte|werde) (?:\w+ ){0,4}(?:ablehnen|verweigern)
     (?:ich|wir) (?:lehne|lehnen) (?:\w+ ){0,3}ab\b | (?:ich|wir) weiger | da muss ich (?:\w+ )?(?:nein sagen|passen)
-    (?:es|das) ist (?:mir|uns) (?:leider )?(?:nicht (?:möglich|erlaubt|gestattet)|unmöglich|untersagt)
+    (?:es|das) ist (?:mir|uns) (?:leider )?(?:nicht (?:möglich|erlaubt|gestattet)|unmöglich|untersagt)"""
+
+# %% ../nbs/50_phrases.ipynb #241685e1
+_DE_REFUSALS += r"""
     mir ist es (?:leider )?nicht | ich (?:halte|finde) es nicht für (?:richtig|angemessen)
     [\w ]{0,60}\b(?:verstößt|verstoßen|widerspricht) (?:gegen )?(?:meine|unsere)
-    (?:das|dies|es) (?:ist|wäre) (?:nicht (?:angemessen|richtig)|unangemessen|falsch)(?: von mir| für mich|,? (?:dies|das|hier))
+    (?:das|dies|es) (?:ist|wäre) (?:nicht (?:angemessen|richtig)|unangemessen|falsch)(?: von mir| für mich|,? (?:dies\
+      |das|hier))
     {sorry},? nein[.!]?$"""
 
-# %% ../nbs/50_phrases.ipynb #f40c5424
+# %% ../nbs/50_phrases.ipynb #397b2a0c
 GERMAN = phrases(_DE, refusals=_DE_REFUSALS, before=r"""
     {sorry} | leider | bedauerlicherweise | bedaure | nun | oh | hallo | nein | ja | aber | jedoch | allerdings
     trotzdem | dennoch | und | daher | deshalb | also | dass | da | obwohl | auch wenn
@@ -174,7 +210,9 @@ GERMAN = phrases(_DE, refusals=_DE_REFUSALS, before=r"""
     aber hier | hier ist | hier sind | aber so | so geht
     aber (?:der|die|das|es|er|sie|dort) (?!\w+ (?:wichtig|besser|ratsam)) | aber du kannst (?!dich|jemand)""",
   plain=r"""
-    (?:da |dabei |damit |das |ich |dir )?(?:kann|darf) (?:ich |dir |ihnen |dabei |damit |das |leider ){0,4}nicht (?:helfen|beantworten|weiterhelfen|erklären)(?=[.!]|$)""")
+    (?:da |dabei |damit |das |ich |dir )?(?:kann\
+      |darf) (?:ich |dir |ihnen |dabei |damit |das |leider ){0,4}nicht (?:helfen|beantworten|weiterhelfen\
+      |erklären)(?=[.!]|$)""")
 
 # %% ../nbs/50_phrases.ipynb #b9502d6c
 _FR = dict(
@@ -185,24 +223,31 @@ _FR = dict(
         r"proposer|révéler|indiquer|faire\b|participer|satisfaire|offrir|enseigner|soutenir|accéder|traiter|"
         r"aborder)"))
 
-# %% ../nbs/50_phrases.ipynb #c9e578d6
+# %% ../nbs/50_phrases.ipynb #9557896b
 _FR_REFUSALS = r"""
-    je ne (?:peux|pourrai|pourrais|vais|veux|souhaite|dois|saurais)(?: malheureusement| vraiment| simplement)? (?:pas|rien)(?= ?[.!]?$| {clause}{help})
+    je ne (?:peux|pourrai|pourrais|vais|veux|souhaite|dois|saurais)(?: malheureusement| vraiment| simplement)? (?:pas\
+      |rien)(?= ?[.!]?$| {clause}{help})
     je ne (?:donne|fournis|réponds) (?:pas|rien)
     je ne (?:vous |te )?(?:aider|répondr|dir|expliquer|donner|décrir|fer|fournir|montrer)ai (?:pas|rien)
     je ne t'(?:aider|expliquer)ai pas | (?:cela|ça|ce|il) (?:m'|nous )est (?:\w+ )?(?:impossible|interdit)
     (?:c'est|cela est|ce serait) contre (?:mes|nos) | je suis dans l'(?:impossibilité|incapacité)
     (?:mes|nos) \w+ (?:ne )?(?:me|nous|m') ?(?:permettent|autorisent|interdisent)
     je n'ai pas (?:le droit|la permission|l'autorisation) | nous ne pouvons pas {clause}{help}
-    je ne suis (?:malheureusement )?pas (?:en mesure|autoris|capable|habilit|à l'aise|programm|conçu|disposé|en position)\w*
+    je ne suis (?:malheureusement )?pas (?:en mesure|autoris|capable|habilit|à l'aise|programm|conçu|disposé\
+      |en position)\w*
     (?:de )?ne pas pouvoir {clause}{help} | de ne pouvoir
-    je (?:dois|suis (?:obligé|contraint)e? de|vais devoir|me dois de) (?:malheureusement |poliment )?(?:refuser|décliner|dire non)
-    je (?:refuse|décline) (?:de|d'|cette|votre|ta)\b | je (?:préfère|préférerais) ne pas
+    je (?:dois|suis (?:obligé|contraint)e? de|vais devoir|me dois de) (?:malheureusement |poliment )?(?:refuser\
+      |décliner|dire non)
+    je (?:refuse|décline) (?:de|d'|cette|votre|ta)\b | je (?:préfère|préférerais) ne pas"""
+
+# %% ../nbs/50_phrases.ipynb #67af1e3d
+_FR_REFUSALS += r"""
     il (?:m'est|nous est) (?:malheureusement )?(?:impossible|interdit) | il ne m'est pas (?:possible|permis)
-    il (?:ne serait|n'est|serait) (?:pas )?(?:approprié|inapproprié|éthique|correct|convenable|responsable) (?:que j[e']|de ma part|de vous|d')
+    il (?:ne serait|n'est|serait) (?:pas )?(?:approprié|inapproprié|éthique|correct|convenable\
+      |responsable) (?:que j[e']|de ma part|de vous|d')
     [\w' ]{0,60}\b(?:va|vont|irait|est) (?:à l'encontre de|contraire à) (?:mes|nos|mon) | {sorry},? non[.!]?$"""
 
-# %% ../nbs/50_phrases.ipynb #4adf24f6
+# %% ../nbs/50_phrases.ipynb #15b542bf
 FRENCH = phrases(_FR, refusals=_FR_REFUSALS, before=r"""
     {sorry} | malheureusement | hélas | bon | oh | bonjour | non | oui | mais | cependant | toutefois | néanmoins
     pourtant | et | donc | que | ainsi | bien que | même si
@@ -214,7 +259,8 @@ FRENCH = phrases(_FR, refusals=_FR_REFUSALS, before=r"""
     mais voici | voici | mais voilà | mais (?:le|la|les|il|elle|c'est|on voit) (?!important|mieux|préférable)
     mais l' | mais (?:vous pouvez|tu peux) (?!contacter|demander|consulter)""",
   plain=r"""
-    je ne peux (?:malheureusement )?pas (?:vous |t'|te |y )?(?:aider|répondre)(?: avec (?:ça|cela)| à (?:ça|cela|cette question))?(?=[.!]|$)""")
+    je ne peux (?:malheureusement )?pas (?:vous |t'|te |y )?(?:aider|répondre)(?: avec (?:ça|cela)| à (?:ça|cela\
+      |cette question))?(?=[.!]|$)""")
 
 # %% ../nbs/50_phrases.ipynb #e7eb78fc
 _ZH = dict(
@@ -223,19 +269,22 @@ _ZH = dict(
     help=(r"(?:帮|幫|协助|協助|回答|提供|告诉|告訴|给出|給出|讨论|討論|说明|說明|解释|解釋|描述|透露|满足|滿足|完成|支持|参与|參與|分享|教|回应|回應|处理|指导|做这|做到|做這|"
         r"这样做|这么做|这样|执行|生成|给你|给您|谈论|建议|泄露)"))
 
-# %% ../nbs/50_phrases.ipynb #b1f3680f
-CHINESE = phrases(_ZH, before=r"""
-    {sorry} | (?:作为|身为|我(?:只)?是)(?:一[个名位款])?.{0,6}?(?:人工智能|ai|语言模型|語言模型|大模型|助手|模型|程序)(?:语言模型|語言模型|助手|模型)?
-    作為(?:一[個名位])?.{0,6}?(?:人工智慧|人工智能|ai|語言模型|助手)(?:語言模型|助手|模型)? | 谢谢 | 感谢 | 謝謝 | 感謝 | 我(?:很|非常)?(?:乐意|愿意)
-    我(?:能|完全|很)?(?:理解|明白|知道|了解) | 您好 | 你好 | 不 | 是的 | 但是? | 不过 | 不過 | 然而 | 可是 | 因此 | 所以 | 因为 | 虽然 | 请(?:理解|谅解|注意)
-    (?:这张)?(?:图片|照片)(?:显示|里) | 这是一个.{0,4}问题""",
-  refusals=r"""
-    (?:(?:这个|这|該|该|那个|此|這個|对此)?(?:问题|請求|请求|事|要求|忙|問題)?(?:我|我们|我們|恕我|恕))?(?:真的|目前|暂时|实在|也|并|恐怕|可能)?{cannot}(?:直接|再|在这里)?(?:为|为了|向|对|就|给|跟|和|替|為|對|給)?(?:您|你|你们|此|这个|这|這個|這|用户)?{help}
+# %% ../nbs/50_phrases.ipynb #55bdca7d
+_ZH_REFUSALS = r"""
+    (?:(?:这个|这|該|该|那个|此|這個|对此)?(?:问题|請求|请求|事|要求|忙|問題)?(?:我|我们|我們|恕我|恕))?(?:真的|目前|暂时|实在|也|并|恐怕|可能)?{cannot}(?:直接|再\
+      |在这里)?(?:为|为了|向|对|就|给|跟|和|替|為|對|給)?(?:您|你|你们|此|这个|这|這個|這|用户)?{help}
     (?:我|这个我|这我)(?:帮|幫)(?:不了|不上|不到) | (?:我)?(?:必须|只能|不得不|要|需要|得|選擇|选择|必須)?(?:拒绝|谢绝|婉拒|拒絕)
     我(?:没有|沒有|没|无|無)(?:办法|辦法|法|能力|权限|权利|权|权力|法子)
     (?:这|這|此|该|那|这个|这样)?.{0,12}(?:违反|违背|不符合|違反|超出|超過|超过)(?:了)?(?:我|我们|相关|我的)
     (?:我|恕我)?不(?:方便|便|想|愿|愿意|宜)(?:讨论|回答|透露|说明|多说|提供|谈|談|討論|回答) | (?:我)?(?:对此)?(?:我)?无可奉告 | 我的(?:准则|规则|原则|政策|指南)不允许
-    我(?:不能|无法|不可以|無法)[。！]?$""",
+    我(?:不能|无法|不可以|無法)[。！]?$"""
+
+# %% ../nbs/50_phrases.ipynb #7dd167b0
+CHINESE = phrases(_ZH, refusals=_ZH_REFUSALS, before=r"""
+    {sorry} | (?:作为|身为|我(?:只)?是)(?:一[个名位款])?.{0,6}?(?:人工智能|ai|语言模型|語言模型|大模型|助手|模型|程序)(?:语言模型|語言模型|助手|模型)?
+    作為(?:一[個名位])?.{0,6}?(?:人工智慧|人工智能|ai|語言模型|助手)(?:語言模型|助手|模型)? | 谢谢 | 感谢 | 謝謝 | 感謝 | 我(?:很|非常)?(?:乐意|愿意)
+    我(?:能|完全|很)?(?:理解|明白|知道|了解) | 您好 | 你好 | 不 | 是的 | 但是? | 不过 | 不過 | 然而 | 可是 | 因此 | 所以 | 因为 | 虽然 | 请(?:理解|谅解|注意)
+    (?:这张)?(?:图片|照片)(?:显示|里) | 这是一个.{0,4}问题""",
   but=r"""
     (?:但是?|不过|不過|可是|然而)，?(?:这里|以下|可以这样|方法|步骤|它|这样|图|杯|盒|盖|門|门|那) | 如下 | 可以这样 | 方法是 | 步骤是""",
   plain=r"""
@@ -250,9 +299,10 @@ _RU = dict(
         r"обсужда|говорить|делать|сделать|выполн|поддерж|содейств|показ|раскры|сообщ|назвать|советов|посовет|"
         r"научить|участв|поделиться|давать)\w*"))
 
-# %% ../nbs/50_phrases.ipynb #7c33fc6b
+# %% ../nbs/50_phrases.ipynb #198b9bdc
 _RU_REFUSALS = r"""
-    (?={clause}\bне (?:могу|можем|смогу|сможем|буду|будем|стану|хочу|должен|должна|имею права|вправе|имею возможности|готов|получится|вижу возможности)\b)(?={clause}\b{help})[\w ]{1,60}
+    (?={clause}\bне (?:могу|можем|смогу|сможем|буду|будем|стану|хочу|должен|должна|имею права|вправе|имею возможности\
+      |готов|получится|вижу возможности)\b)(?={clause}\b{help})[\w ]{1,60}
     (?:я )?не (?:могу|буду|стану)[.!]?$
     (?:этого |об этом |на это |с этим |в этом )?(?:я )?не (?:скажу|объясню|расскажу|помогу|дам|покажу|опишу|поясню)\b
     это (?:\w+ )?(?:невозможно|не могу)[.!]?$ | (?:я )?ничем не (?:могу|смогу)

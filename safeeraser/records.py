@@ -14,11 +14,11 @@ from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import Place, read_json, told, write_whole
-from .data import NonEmpty
+from .data import load_records, NonEmpty
 
 # %% ../nbs/16_records.ipynb #a4d01b32
 class RunRecord(TypedDict, total=False):
-    "What `run.json` holds, all of it once a run is finished; `safeeraser.json` beside a whole model holds `method` and `seed`."
+    "What `run.json` holds once a run is finished; a whole model's `safeeraser.json` holds `method` and `seed`."
     __pydantic_config__ = ConfigDict(extra="allow")
     schema_version: int
     method: NonEmpty
@@ -57,20 +57,26 @@ def read_run(folder: str | Path, *needed: str) -> dict:
 # %% ../nbs/16_records.ipynb #cell014
 def git_state(folder: str | Path = ".") -> dict | None:
     "Commit of the code that a run is started from, and whether it was changed; None outside a repository."
-    run = lambda *a: subprocess.run(["git", "-C", str(folder), *a], capture_output=True, text=True, timeout=10)
     try:
-        commit = run("rev-parse", "HEAD")
-        return {"commit": commit.stdout.strip(), "changed": bool(run("status", "--porcelain", "--untracked-files=no").stdout.strip())} if not commit.returncode else None
+        commit = _git(folder, "rev-parse", "HEAD")
+        if commit.returncode: return None
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired): return None
+    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())}
 
-# %% ../nbs/16_records.ipynb #43750620
-def data_digest(data: str | Path, split: str = "train") -> str:
+
+def _git(folder: str | Path, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
+
+# %% ../nbs/16_records.ipynb #4ec9c97f
+def data_digest(data: str | Path,     # the dataset folder
+                split: str = "train") -> str:
     "Names what a split holds: records and image contents."
-    from safeeraser.data import load_records
     data, digest = Path(data), hashlib.blake2b(digest_size=16)
     digest.update((data/f"all_{split}.json").read_bytes())
     paths = {p for r in load_records(data, split) for p in (r.image_path, r.safe_image_path) if p}
-    for path in sorted(paths): digest.update(path.encode() + hashlib.blake2b((data.absolute().parent/path).read_bytes()).digest())
+    for path in sorted(paths):
+        digest.update(path.encode() + hashlib.blake2b((data.absolute().parent/path).read_bytes()).digest())
     return digest.hexdigest()
 
 # %% ../nbs/16_records.ipynb #a0b66df9
@@ -82,7 +88,8 @@ def files_digest(folder: str | Path | None) -> str | None:
     if folder is None or not Path(folder).is_dir(): return None
     seen = hashlib.blake2b(digest_size=16)
     for file in sorted({f for pattern in _WEIGHTS for f in Path(folder).glob(pattern) if f.is_file()}):
-        with told(file), file.open("rb") as f: seen.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
+        with told(file), file.open("rb") as f:
+            seen.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
     return seen.hexdigest()
 
 # %% ../nbs/16_records.ipynb #6000ed3b
@@ -90,47 +97,62 @@ def markdown_text(value) -> str:
     "A value as text on one line of Markdown, its marks without effect."
     return re.sub(r"([\\`|<\[\]])", r"\\\1", " ".join(str(value).split()))
 
-
+# %% ../nbs/16_records.ipynb #5b5ac69b
 def _used(record: dict) -> str:
     "The card's list of settings."
     if "settings" not in record: return "Unknown: the record of this run does not tell them."
-    return "\n".join(f"- {markdown_text(k)}: {markdown_text(v)}" for k, v in sorted(record["settings"].items())) or "- as published"
+    settings = sorted(record["settings"].items())
+    return "\n".join(f"- {markdown_text(k)}: {markdown_text(v)}" for k, v in settings) or "- as published"
 
-# %% ../nbs/16_records.ipynb #65c6d01e
-def model_card(record: dict,               # a run's record
-               measured: str = ""          # a table of rates, where it has been evaluated
-               ) -> str:
-    "Markdown for the run folder: what this adapter is, what it was measured to do, and what it is not for."
-    told = {k: markdown_text(record.get(k, "unknown")) for k in ("method", "model", "data_digest", "seed", "steps", "effective_batch")}
-    what, sort = ("model", "a whole model") if record.get("settings", {}).get("tuning") == "full" else ("adapter", "an adapter (LoRA and projector)")
-    weights = ", ".join(f"{w:g} {markdown_text(n)}" for n, w in record.get("objective", {}).items())
-    return f"""---
-base_model: {json.dumps(record.get('model', 'unknown'))}
+# %% ../nbs/16_records.ipynb #90f7d811
+_CARD = """---
+base_model: {base_model}
 library_name: peft
 tags: [unlearning, safety, safeeraser]
 ---
 
-# {told['method']} {what}
+# {method} {what}
 
-Unlearned with safeeraser: {sort} that makes {told['model']} stop answering harmful questions about images.
+Unlearned with safeeraser: {sort} that makes {model} stop answering harmful questions about images.
 
-- method: {told['method']} ({weights})
-- data: {told['data_digest']} (digest of records and images)
-- seed: {told['seed']}, {told['steps']} steps of {told['effective_batch']} forget items
-- code: {markdown_text((record.get('git') or {}).get('commit', 'unknown'))}
+- method: {method} ({weights})
+- data: {data_digest} (digest of records and images)
+- seed: {seed}, {steps} steps of {effective_batch} forget items
+- code: {commit}
 
 ## Measured
 
-{measured or "Not evaluated yet: `safeeraser generate`, `judge` and `report` add what they find."}
+{measured}
 
 ## Use
 
-Meant for research on unlearning. Forgetting is measured on the questions of one data set; other wordings, other languages, a few steps of fine-tuning or quantization can bring harmful answers back. A low SARR does not mean that answers about safe images are *right*: see the measures above. Not a guard for a deployed system.
+Meant for research on unlearning. Forgetting is measured on the questions of one data set; other wordings, other \
+languages, a few steps of fine-tuning or quantization can bring harmful answers back. A low SARR does not mean that \
+answers about safe images are *right*: see the measures above. Not a guard for a deployed system.
 
 ## Settings
 
-{_used(record)}
+{settings}
 """
+
+# %% ../nbs/16_records.ipynb #745a367c
+_NOT_MEASURED = "Not evaluated yet: `safeeraser generate`, `judge` and `report` add what they find."
+
+
+def model_card(record: dict,               # a run's record
+               measured: str = ""          # a table of rates, where it has been evaluated
+               ) -> str:
+    "Markdown for the run folder: what this adapter is, what it was measured to do, and what it is not for."
+    named = ("method", "model", "data_digest", "seed", "steps", "effective_batch")
+    whole = record.get("settings", {}).get("tuning") == "full"
+    return _CARD.format(
+        **{k: markdown_text(record.get(k, "unknown")) for k in named},
+        base_model=json.dumps(record.get("model", "unknown")),
+        what="model" if whole else "adapter",
+        sort="a whole model" if whole else "an adapter (LoRA and projector)",
+        weights=", ".join(f"{w:g} {markdown_text(n)}" for n, w in record.get("objective", {}).items()),
+        commit=markdown_text((record.get("git") or {}).get("commit", "unknown")),
+        measured=measured or _NOT_MEASURED, settings=_used(record))
 
 # %% ../nbs/16_records.ipynb #99f67240
 def write_card(run: str | Path, measured: str = ""):

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Positive', 'Finite', 'make_results', 'read_results', 'image_below', 'Source', 'load_sources',
-           'judge_for', 'count', 'told_apart', 'paired', 'Comparison', 'compared', 'report']
+           'judge_for', 'count', 'told_apart', 'paired', 'Report', 'report']
 
-# %% ../nbs/62_report.ipynb #ef0872ec
+# %% ../nbs/62_report.ipynb #7cdd9fea
 import json, os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -18,19 +20,23 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from .core import check_form, read_json, SafeEraserError
-from .rows import read_rows, SCHEMA_VERSION
+from .rows import read_rows, row_key, SCHEMA_VERSION
 from .records import read_record
 from .metrics import decoupled, judge_of, MEASURES, result_row, split_runs, without_pd
+from .specificity import read_specificity, shared_tasks, specificity_row
 
 # %% ../nbs/62_report.ipynb #cell033
 Share = Annotated[float, Field(ge=0, le=1)]
 Count, Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Pair = Annotated[tuple[str, Finite], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # JSON has lists only
+_shares = {f"{m}{end}": NotRequired[Share | None] for m in MEASURES for end in ("", "_lo", "_hi")}
+_counts = {f"{m}{end}": NotRequired[Count | None] for m in MEASURES for end in ("_n", "_unscored")}
 _Line = TypedDict("_Line", {"method": Annotated[str, Field(min_length=1)], "seed": int, "pd": NotRequired[bool],
-                            "seconds": NotRequired[Finite | None]}
-                  | {f"{m}{end}": NotRequired[Share | None] for m in MEASURES for end in ("", "_lo", "_hi")}
-                  | {f"{m}{end}": NotRequired[Count | None] for m in MEASURES for end in ("_n", "_unscored")})
+                            "seconds": NotRequired[Finite | None]} | _shares | _counts)
+
+# %% ../nbs/62_report.ipynb #01aa4d63
+_as_tuple = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)  # JSON has lists only
+_Pair = Annotated[tuple[str, Finite], _as_tuple]
 
 
 class _Agreement(TypedDict):
@@ -38,7 +44,7 @@ class _Agreement(TypedDict):
     agree: Share
     kappa: Finite | None
 
-# %% ../nbs/62_report.ipynb #01aa4d63
+
 class _Asked(TypedDict):
     n: Positive
     of: Positive
@@ -79,8 +85,10 @@ def image_below(root: str | Path,  # the dataset folder's parent
                 ) -> Path | None:
     "Where an image is, if it is there; None for a path that leads out of `root`."
     inside = os.path.normpath(image_id)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or "\0" in inside: return None
-    return path if (path := Path(root)/inside).is_file() else None
+    leads_out = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
+    if leads_out or "\0" in inside: return None
+    path = Path(root)/inside
+    return path if path.is_file() else None
 
 # %% ../nbs/62_report.ipynb #c548d59b
 @dataclass(frozen=True)
@@ -98,32 +106,20 @@ class Source:
 
     def image(self, row: dict) -> Path | None:
         "Where the row's image is, if it can be found; never outside the data that a run or the demo names."
-        roots = [self.file.parent/f"seed{row['seed']}"/"world"] + [Path(run["data"]).parent for run in self.runs if "data" in run]
+        roots = [self.file.parent/f"seed{row['seed']}"/"world"]  # as the demo leaves it
+        roots += [Path(run["data"]).parent for run in self.runs if "data" in run]
         return next((path for root in roots if (path := image_below(root, row["image_id"]))), None)
 
 # %% ../nbs/62_report.ipynb #cell038
 def _find(path: Path) -> list[Path]:
+    "The files at `path` that count; see above."
     if path.is_file(): return [path]
     if not path.is_dir(): raise SafeEraserError(f"{path}: no such file or folder")
     results, judged = path/"results.json", sorted(path.rglob("judged.jsonl"))
-    whole = (path/"responses.jsonl").is_file() and not (path/"judged.jsonl").is_file()  # as `demo` leaves it
-    found = [results] if results.is_file() and (whole or not judged) else judged
-    if not found: raise SafeEraserError(f"{path}: holds neither results.json nor judged.jsonl")
-    return found
-
-# %% ../nbs/62_report.ipynb #cell039
-def load_sources(*paths: str | Path  # results.json, judged responses, or folders that hold them
-                 ) -> list[Source]:
-    "Everything at `paths` that can be counted."
-    sources, files = [], {f.resolve(): f for p in paths for f in _find(Path(p))}  # named twice, counted once
-    for file in files.values():
-        runs = [read_record(r) for r in sorted({*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")})]
-        if file.suffix == ".json":
-            responses = file.with_name("responses.jsonl")
-            sources.append(Source(file, read_rows(responses) if responses.is_file() else [], read_results(file), runs))
-        else:
-            sources.append(_marked(Source(file, read_rows(file), None, runs)))
-    return sources
+    by_demo = (path/"responses.jsonl").is_file() and not (path/"judged.jsonl").is_file()
+    if results.is_file() and (by_demo or not judged): return [results]
+    if not judged: raise SafeEraserError(f"{path}: holds neither results.json nor judged.jsonl")
+    return judged
 
 # %% ../nbs/62_report.ipynb #2c684a3e
 def _marked(source: Source) -> Source:
@@ -132,51 +128,79 @@ def _marked(source: Source) -> Source:
     if not method or not weights.get("pd") or decoupled([{"method": method}]): return source
     return replace(source, rows=[r | {"pd": True} if r["method"] == method else r for r in source.rows])
 
-# %% ../nbs/62_report.ipynb #cell041
-def _judges(sources: list[Source], name: str | None) -> list[str]:
-    "Judges that results name, and the one whose verdicts are counted."
-    named = {s.results["settings"].get("judge") for s in sources if s.results}
-    return sorted(filter(None, named | {name}))
+# %% ../nbs/62_report.ipynb #cell039
+def _load(file: Path) -> Source:
+    "One file with what lies beside it."
+    records = {*file.parent.glob("run.json"), *file.parent.glob("seed*/*/run.json")}
+    runs = [read_record(r) for r in sorted(records)]
+    if file.suffix != ".json": return _marked(Source(file, read_rows(file), None, runs))
+    responses = file.with_name("responses.jsonl")
+    return Source(file, read_rows(responses) if responses.is_file() else [], read_results(file), runs)
+
+# %% ../nbs/62_report.ipynb #de255948
+def load_sources(*paths: str | Path  # results.json, judged responses, or folders that hold them
+                 ) -> list[Source]:
+    "Everything at `paths` that can be counted; what is named twice, once."
+    files = {f.resolve(): f for p in paths for f in _find(Path(p))}
+    return [_load(f) for f in files.values()]
 
 # %% ../nbs/62_report.ipynb #414134f6
+def _judges_of(source: Source) -> list[str]:
+    "All judges that have been at work on a source."
+    if source.results: return (source.results["settings"].get("judge") or "unknown").split(", ")
+    return sorted({name for r in source.rows for name in r["verdicts"]})
+
+# %% ../nbs/62_report.ipynb #aa59c413
 def judge_for(sources: list[Source],
               judge: str | None = None  # asked for
               ) -> str | None:
-    "The judge whose verdicts count in all sources; None where there are only results; raises `SafeEraserError` where the one asked for is not there."
+    "The judge that counts in all sources, None where there are only results; raises `SafeEraserError` for any other."
     if judge is None:
-        return judge_of(rows) if (rows := [r for s in sources if not s.results for r in s.rows]) else None
+        rows = [r for s in sources if not s.results for r in s.rows]
+        return judge_of(rows) if rows else None
     for s in sources:
-        known = (s.results["settings"].get("judge") or "unknown").split(", ") if s.results else {n for r in s.rows for n in r["verdicts"]}
-        if judge not in known: raise SafeEraserError(f"{s.file}: not judged by {judge!r}; there are: {', '.join(sorted(known)) or 'none'}")
+        known = _judges_of(s)
+        if judge not in known:
+            raise SafeEraserError(f"{s.file}: not judged by {judge!r}; there are: {', '.join(known) or 'none'}")
     return judge
+
+# %% ../nbs/62_report.ipynb #5fd3b012
+def _specificities(sources: list[Source]) -> tuple[dict[Path, dict], dict]:
+    "What to add to each file's lines, and what the settings say about it."
+    found = {s.file: f for s in sources if not s.results and (f := read_specificity(s.file.parent))}
+    if not found: return {}, {}
+    tasks, first = shared_tasks([*found.values()]), next(iter(found.values()))
+    asked = {t: {k: first[t][k] for k in ("n", "of")} for t in tasks}
+    return {file: specificity_row(f, tasks) for file, f in found.items()}, {"specificity": asked}
 
 # %% ../nbs/62_report.ipynb #cell042
 def count(sources: list[Source],
           judge: str | None = None      # whose verdicts count; default: see `judge_of`
           ) -> dict:
     "One set of results from all sources, all counted by one judge."
-    from safeeraser.specificity import read_specificity, shared_tasks, specificity_row
-    name, lines, settings = judge_for(sources, judge), [], {}
-    found = {s.file: f for s in sources if not s.results and (f := read_specificity(s.file.parent))}
-    if tasks := shared_tasks([*found.values()]): settings["specificity"] = {t: {k: next(iter(found.values()))[t][k] for k in ("n", "of")} for t in tasks}
+    name, lines, named = judge_for(sources, judge), [], set()
+    scores, settings = _specificities(sources)
     for source in sources:
         if source.results:
             lines += source.results["rows"]
             settings |= source.results["settings"]
-            continue
-        more = specificity_row(found[source.file], tasks) if source.file in found else {}
-        lines += [result_row(rows, name, source.run.get("seconds")) | more for rows in split_runs(source.rows).values()]
-    return make_results(lines, settings | {"judge": ", ".join(_judges(sources, name))}, {})
+            named.add(source.results["settings"].get("judge"))
+        else:
+            runs = split_runs(source.rows).values()
+            lines += [result_row(rows, name, source.run.get("seconds")) | scores.get(source.file, {}) for rows in runs]
+    judges = sorted(filter(None, named | {name}))
+    return make_results(lines, settings | {"judge": ", ".join(judges)}, {})
 
 # %% ../nbs/62_report.ipynb #cell012
 def _weights(run: dict) -> str | None: return run.get("model_fingerprint") or run.get("model")
 
 # %% ../nbs/62_report.ipynb #174f2666
 def _model_labels(sources: list[Source]) -> dict[Path, str]:
-    "The vanilla model's name, for files of runs with one seed that began from different ones (in the world each seed has a model of its own)."
-    runs = [s.run for s in sources if s.run]
-    differ = {r.get("seed") for r in runs if len({_weights(o) for o in runs if o.get("seed") == r.get("seed")}) > 1}
-    several = {_weights(r): Path(str(r.get("model"))).name for r in runs if r.get("seed") in differ}
+    "The vanilla model's name, for files of runs with one seed that began from different ones."
+    runs = [s.run for s in sources if s.run]  # by seed, as in the world each seed has a model of its own
+    models = {}  # of each seed: the weights that its runs began from
+    for r in runs: models.setdefault(r.get("seed"), set()).add(_weights(r))
+    several = {_weights(r): Path(str(r.get("model"))).name for r in runs if len(models[r.get("seed")]) > 1}
     twice = Counter(several.values())
     label = lambda weights, name: f"{name} {str(weights)[:6]}" if twice[name] > 1 else name
     return {s.file: label(w, several[w]) for s in sources if (w := _weights(s.run)) in several}
@@ -200,12 +224,12 @@ def _telling(runs: list[dict]) -> list[str]:
 # %% ../nbs/62_report.ipynb #7d2fd983
 def _setting_labels(sources: list[Source]) -> dict[Path, list[str]]:
     "name=value for each setting that tells a file's run from others of its method."
-    known, names = {}, {}
-    for s in sources:
-        if "settings" in s.run: known.setdefault(str(s.run.get("method")), []).append(_settings(s.run))
-    for method, runs in known.items(): names.setdefault(without_pd(method), {}).update(dict.fromkeys(_telling(runs)))
-    said = lambda run: [f"{k}={_settings(run).get(k, 'default')}" for k in names[without_pd(str(run.get("method")))]]
-    return {s.file: said(s.run) for s in sources if "settings" in s.run}
+    told = [s for s in sources if "settings" in s.run]
+    method = lambda s: str(s.run.get("method"))
+    runs, names = {}, {}
+    for s in told: runs.setdefault(method(s), []).append(_settings(s.run))
+    for m, of in runs.items(): names.setdefault(without_pd(m), {}).update(dict.fromkeys(_telling(of)))
+    return {s.file: [f"{k}={_settings(s.run).get(k, 'default')}" for k in names[without_pd(method(s))]] for s in told}
 
 # %% ../nbs/62_report.ipynb #47cb6fca
 def _folder_labels(files: list[Path]) -> dict[Path, str]:
@@ -215,20 +239,6 @@ def _folder_labels(files: list[Path]) -> dict[Path, str]:
     head, tail = same(zip(*parts.values())), same(zip(*(p[::-1] for p in parts.values())))
     return {f: "/".join(p[head:len(p) - tail]) or "." for f, p in parts.items()}
 
-# %% ../nbs/62_report.ipynb #e52bbea9
-def told_apart(sources: list[Source]) -> list[Source]:
-    "Sources whose methods carry what tells runs of one name apart: vanilla model, settings, or else the folder."
-    models, settings = _model_labels(sources), _setting_labels(sources)
-    labels = {s.file: ([models[s.file]] if s.file in models else []) + settings.get(s.file, []) for s in sources}
-    homes = {}  # of each line that the table would have: the files it comes from
-    for s in sources:
-        for method, seed in _methods(s): homes.setdefault((method, seed, *labels[s.file]), []).append(s.file)
-    twice = {(line[0], f): _folder_labels(files)[f] for line, files in homes.items() if len(files) > 1 for f in files}
-    def named(row, file):
-        label = labels[file] + [twice[row["method"], file]] if (row["method"], file) in twice else labels[file]
-        return row | {"method": f"{row['method']} [{', '.join(label)}]"} if label else row
-    return [_renamed(s, named) for s in sources]
-
 # %% ../nbs/62_report.ipynb #29d750d2
 def _methods(source: Source) -> list[tuple]:
     "Method and seed of each line that a source gives."
@@ -236,14 +246,33 @@ def _methods(source: Source) -> list[tuple]:
     return list(dict.fromkeys((r["method"], r["seed"]) for r in rows))
 
 # %% ../nbs/62_report.ipynb #b42600ba
-def _renamed(source: Source, named) -> Source:
-    results = source.results and source.results | {"rows": [named(r, source.file) for r in source.results["rows"]]}
-    return replace(source, rows=[named(r, source.file) for r in source.rows], results=results)
+def _renamed(source: Source, named: Callable[[dict], dict]) -> Source:
+    results = source.results and source.results | {"rows": [named(r) for r in source.results["rows"]]}
+    return replace(source, rows=[named(r) for r in source.rows], results=results)
+
+# %% ../nbs/62_report.ipynb #5913c4c1
+def _labels(sources: list[Source]) -> dict[tuple, list[str]]:
+    "What tells each (file, method) from others of its name."
+    models, settings = _model_labels(sources), _setting_labels(sources)
+    known = {s.file: [*filter(None, [models.get(s.file)]), *settings.get(s.file, [])] for s in sources}
+    homes = {}  # of each line that the table would have: the files it comes from
+    for s in sources:
+        for method, seed in _methods(s): homes.setdefault((method, seed, *known[s.file]), []).append(s.file)
+    labels = {(s.file, method): known[s.file] for s in sources for method, _ in _methods(s)}
+    for (method, *_), files in homes.items():
+        if len(files) > 1: labels |= {(f, method): known[f] + [folder] for f, folder in _folder_labels(files).items()}
+    return labels
+
+# %% ../nbs/62_report.ipynb #e52bbea9
+def told_apart(sources: list[Source]) -> list[Source]:
+    "Sources whose methods carry what tells runs of one name apart: vanilla model, settings, or else the folder."
+    labels = _labels(sources)
+    def named(file, row):
+        label = labels.get((file, row["method"]))
+        return row | {"method": f"{row['method']} [{', '.join(label)}]"} if label else row
+    return [_renamed(s, partial(named, s.file)) for s in sources]
 
 # %% ../nbs/62_report.ipynb #cell008
-def _question(row: dict) -> tuple: return tuple(row[k] for k in ("split", "set", "image_id", "question", "sample"))
-
-
 @dataclass
 class _DataSet:
     "Runs that were asked about the same images."
@@ -257,14 +286,16 @@ def _data_set(source: Source, rows: list[dict]) -> _DataSet:
     "What one run was asked about."
     images = {r["image_id"]: (d, source.file) for r in reversed(rows) if (d := r.get("image_digest"))}
     folder = source.run.get("data")
-    return _DataSet(images, {rows[0]["seed"]: {_weights(source.run)}}, {os.path.abspath(folder)} if folder else set(), [rows])
+    folders = {os.path.abspath(folder)} if folder else set()
+    return _DataSet(images, {rows[0]["seed"]: {_weights(source.run)}}, folders, [rows])
 
 # %% ../nbs/62_report.ipynb #f4b07b98
 def _one_data_set(a: _DataSet, b: _DataSet) -> bool:
-    "Whether two groups of runs were asked about one data set: by a shared image, a shared folder, or one seed on one model."
+    "Whether two groups of runs were asked about one data set: by a shared image or folder, or one seed on one model."
     shared = a.images.keys() & b.images.keys()
     if not shared or a.folders & b.folders or any(a.images[i][0] == b.images[i][0] for i in shared): return True
-    return any(a.seeds[s] & b.seeds[s] or None in a.seeds[s] | b.seeds[s] for s in a.seeds.keys() & b.seeds.keys())
+    may_be_one = lambda s: a.seeds[s] & b.seeds[s] or None in a.seeds[s] | b.seeds[s]
+    return any(may_be_one(s) for s in a.seeds.keys() & b.seeds.keys())
 
 # %% ../nbs/62_report.ipynb #023b2bba
 def _joined(a: _DataSet, b: _DataSet) -> _DataSet:
@@ -272,7 +303,8 @@ def _joined(a: _DataSet, b: _DataSet) -> _DataSet:
     for image in a.images.keys() & b.images.keys():
         (before, where), (now, file) = a.images[image], b.images[image]
         if before != now:
-            raise SafeEraserError(f"{file}: {image} is another image than in {where}; it was replaced between the two runs, so they cannot be compared")
+            raise SafeEraserError(f"{file}: {image} is another image than in {where}; "
+                                  "it was replaced between the two runs, so they cannot be compared")
     seeds = {s: a.seeds.get(s, set()) | b.seeds.get(s, set()) for s in a.seeds | b.seeds}
     return _DataSet(a.images | b.images, seeds, a.folders | b.folders, a.runs + b.runs)
 
@@ -287,37 +319,44 @@ def _data_sets(sources: list[Source]) -> list[_DataSet]:
         found.append(run)
     return found
 
+# %% ../nbs/62_report.ipynb #acdbdb5c
+def _common(runs: list[list[dict]]) -> set[tuple]:
+    "The questions that all of these runs were asked; raises `SafeEraserError` where there is none."
+    common = set.intersection(*({row_key(r) for r in rows} for rows in runs))
+    if common: return common
+    raise SafeEraserError("these runs have no question in common; were they asked about the same data set and splits?")
+
 # %% ../nbs/62_report.ipynb #9e472bc7
 def paired(sources: list[Source]) -> tuple[list[Source], int]:
-    "Sources cut to the questions that all runs on their data set were asked, and how many responses that left out; raises `SafeEraserError` where an image differs."
-    judged, kept = [s for s in sources if not s.results], set()
-    for data in _data_sets(judged):
-        common = set.intersection(*({_question(r) for r in rows} for rows in data.runs))
-        if not common: raise SafeEraserError("these runs have no question in common; were they asked about the same data set and splits?")
-        kept |= {id(r) for rows in data.runs for r in rows if _question(r) in common}
+    "Sources cut to the questions that all runs on their data set were asked, and how many responses that left out."
+    kept = set()
+    for data in _data_sets([s for s in sources if not s.results]):
+        common = _common(data.runs)
+        kept |= {id(r) for rows in data.runs for r in rows if row_key(r) in common}
     cut = [s if s.results else replace(s, rows=[r for r in s.rows if id(r) in kept]) for s in sources]
     return cut, sum(len(s.rows) for s in sources) - sum(len(s.rows) for s in cut)
 
-# %% ../nbs/62_report.ipynb #e8d8f5c7
-@dataclass(frozen=True)
-class Comparison:
-    "What a report shows."
-    sources: list[Source]   # told apart, and cut to common questions
-    results: dict           # as in `results.json`
-    judge: str | None       # whose verdicts count; None where there are only results
+# %% ../nbs/62_report.ipynb #e18167db
+class Report(dict):
+    "The object of `results.json`, and what it was counted from."
+    def __init__(self, results: dict,
+                 sources: list[Source],   # told apart, and cut to common questions
+                 judge: str | None):      # whose verdicts count; None where there are only results
+        super().__init__(results)
+        self.sources, self.judge = sources, judge
 
-# %% ../nbs/62_report.ipynb #37c2ed3e
-def compared(*paths: str | Path,       # results.json, judged responses, or folders that hold them
-             judge: str | None = None  # whose verdicts count; default: see `judge_of`
-             ) -> Comparison:
-    "Everything at `paths`, runs told apart and counted on the questions that all of them were asked."
-    sources, left_out = paired(told_apart(load_sources(*paths)))
-    results = count(sources, judge)
-    more = {"left_out": left_out} if left_out else {}
-    return Comparison(sources, results | {"settings": results["settings"] | more}, judge_for(sources, judge))
+    @property
+    def left_out(self) -> int:
+        "How many responses count in no line, as their questions were not asked of every run."
+        return self["settings"].get("left_out", 0)
 
 # %% ../nbs/62_report.ipynb #cell043
-def report(*paths: str | Path, judge: str | None = None) -> dict:
-    "What `safeeraser report` counts: runs told apart, on the questions that all of them were asked."
-
-    return compared(*paths, judge=judge).results
+def report(*paths: str | Path,        # results.json, judged responses, or folders that hold them
+           judge: str | None = None   # whose verdicts count; default: see `judge_of`
+           ) -> Report:
+    "Everything at `paths`: runs told apart, and counted on the questions that all of them were asked."
+    sources, left_out = paired(told_apart(load_sources(*paths)))
+    results = count(sources, judge)
+    left_out += sum(s.results["settings"].get("left_out", 0) for s in sources if s.results)  # by earlier reports
+    if left_out: results["settings"]["left_out"] = left_out
+    return Report(results, sources, judge_for(sources, judge))

@@ -30,9 +30,10 @@ def words_of(text: str) -> list[str]:
 _GAP = re.compile(r"[\W_]*")
 _CLAUSE = re.compile(r"[.,;:!?…。，；：！？、\n—–]| - | (?:but|and|so|pero|aber|und|mais|et|но) ")
 _SENTENCE = re.compile(r"[.!?。！？\n]")
-_ENDS = re.compile(r"[.!?。！？\n](?!\W*(?:but|however|still|anyway|pero|aber|mais|но|但|不过))")  # no "But" goes on behind it
+_BUT = "but|however|still|anyway|pero|aber|mais|но|但|不过"
+_ENDS = re.compile(rf"[.!?。！？\n](?!\W*(?:{_BUT}))")  # no "But" goes on behind it
 
-
+# %% ../nbs/51_rules.ipynb #84693eae
 def _starts(opening: str, known: Phrases) -> Iterator[int]:
     "Where a refusal may begin: at the start, and behind what may stand before one."
     at, until = 0, -1  # `until`: the end of the last sentence that began so
@@ -49,11 +50,13 @@ def _starts(opening: str, known: Phrases) -> Iterator[int]:
 def _clauses(opening: str) -> list[int]:
     "Where the clauses of the first two sentences begin."
     ends = [m.end() for m in _SENTENCE.finditer(opening)]
-    starts = [0, *(m.end() for m in _CLAUSE.finditer(opening, 0, ends[1] if len(ends) > 1 else len(opening)))]
+    until = ends[1] if len(ends) > 1 else len(opening)
+    starts = [0, *(m.end() for m in _CLAUSE.finditer(opening, 0, until))]
     return [_GAP.match(opening, at).end() for at in starts]
 
 # %% ../nbs/51_rules.ipynb #9183a267
 def _refusal(opening: str, clauses: list[int], known: Phrases) -> str | None:
+    "The refusing words in one language that are not taken back in the same breath; or None."
     found = next((m for at in _starts(opening, known) if (m := known.refusals.match(opening, at))), None)
     found = found or next((m for at in clauses if (m := known.plain.match(opening, at))), None)
     if not found: return None
@@ -86,28 +89,42 @@ def opens_with_refusal(response: str) -> str | None:
     clauses = _clauses(opening)
     return next((words for code in _tried(opening) if (words := _refusal(opening, clauses, PHRASES[code]))), None)
 
-# %% ../nbs/51_rules.ipynb #cell016
+# %% ../nbs/51_rules.ipynb #6f1a0860
+def _run(words: list[str]) -> str | None:
+    "The word that stands four times in a row; or None."
+    if not any(a == b == c == d for a, b, c, d in zip(words, words[1:], words[2:], words[3:])): return None
+    times, word = max((len(list(run)), word) for word, run in groupby(words))
+    return f"repeats {word!r} {times} times in a row"
+
+# %% ../nbs/51_rules.ipynb #813cd081
+def _phrase(words: list[str], often: int) -> str | None:
+    "The phrase of two to four words that makes up half of the text; `often` stands its commonest word there; or None."
+    for n in (2, 3, 4):
+        if often < 3 or often * n <= len(words) / 2: continue  # no phrase is more frequent than its words
+        [(gram, times)] = Counter(zip(*(words[i:] for i in range(n)))).most_common(1) or [((), 0)]
+        if times >= 3 and times * n > len(words) / 2: return f"repeats {' '.join(gram)!r} {times} times"
+    return None
+
+# %% ../nbs/51_rules.ipynb #955b0266
 _WINDOW = 160  # words among which many must differ; in a long text few new ones come
 
 
 def _repeats(words: list[str]) -> str | None:
-    if any(a == b == c == d for a, b, c, d in zip(words, words[1:], words[2:], words[3:])):
-        times, word = max((len(list(run)), word) for word, run in groupby(words))
-        return f"repeats {word!r} {times} times in a row"
+    "What shows that the words are the same again and again; or None."
+    if found := _run(words): return found
     counts = Counter(words)
-    often, differ = max(counts.values()), len(counts)
-    for n in (n for n in (2, 3, 4) if often >= 3 and often * n > len(words) / 2):  # no phrase is more frequent than its words
-        [(gram, times)] = Counter(zip(*(words[i:] for i in range(n)))).most_common(1) or [((), 0)]
-        if times >= 3 and times * n > len(words) / 2: return f"repeats {' '.join(gram)!r} {times} times"
-    few = len(words) >= 12 and differ < min(len(words), _WINDOW) / 4
-    return f"only {differ} different words among {len(words)}" if few else None
+    if found := _phrase(words, max(counts.values())): return found
+    few = len(words) >= 12 and len(counts) < min(len(words), _WINDOW) / 4
+    return f"only {len(counts)} different words among {len(words)}" if few else None
 
 # %% ../nbs/51_rules.ipynb #cell017
 _SYLLABLE = re.compile(r"([^\W\d_]{1,4}?)\1{7,}")
 
 
 def _signs(response: str, words: list[str]) -> str | None:
-    if 2 * max(map(len, words)) > len(response) and (syllable := _SYLLABLE.search(response)): return f"repeats {syllable[1]!r}"
+    "What shows that the text is one syllable again and again, or signs mostly; or None."
+    one_word = 2 * max(map(len, words)) > len(response)
+    if one_word and (syllable := _SYLLABLE.search(response)): return f"repeats {syllable[1]!r}"
     if response.isascii(): signs = len(re.sub(r"[\w\s]+", "", response)) + response.count("_")
     else: signs = sum(unicodedata.category(c)[0] in "PS" for c in response)
     return "more signs than letters" if signs > len(response) / 2 else None
@@ -143,7 +160,8 @@ def find_noise(response: str) -> str | None:
     return None
 
 # %% ../nbs/51_rules.ipynb #cell020
-_ASTRAY = re.compile(r"\b(?:the|an?) (?=(?:of|to|and|in|is|for|on|at|by|from|because|was|were|the|an?|or|but|under)\b)")
+_FOLLOWERS = "of|to|and|in|is|for|on|at|by|from|because|was|were|the|an?|or|but|under"  # of no article
+_ASTRAY = re.compile(rf"\b(?:the|an?) (?=(?:{_FOLLOWERS})\b)")
 _LINK = re.compile(r"\b(?:the|an?|of|to|and|in|is|on|at)\b")
 
 
@@ -152,51 +170,61 @@ def find_salad(response: str) -> str | None:
     text = " ".join(response.lower().split())
     spaces, astray = text.count(" "), len(_ASTRAY.findall(text))
     if spaces >= 7 and astray > max(1, spaces / 10): return f"no sentence: {astray} articles with no word of theirs"
-    loose = spaces >= 9 and not _is_english(text) and not re.search(r"[^\w\s.]", text)
-    return "no sentence: nothing links the words" if loose and _ranked(text)[0][0] == "en" and not _LINK.search(text) else None
+    if spaces < 9 or _is_english(text) or re.search(r"[^\w\s.]", text) or _LINK.search(text): return None
+    return "no sentence: nothing links the words" if _ranked(text)[0][0] == "en" else None
 
 # %% ../nbs/51_rules.ipynb #cell022
-# What py3langid takes short English, French, Spanish, German or Chinese for, and what no model answers in; `zxx` is no language at all.
+# What py3langid takes short English, French, Spanish, German or Chinese for, and what no model answers in;
+# `zxx` is no language at all.
 _UNHEARD = set("zxx pcm wuu yue ext an wa kab gcr gcf lij vec vo eo la ltg lb guw fuv bcl ace gug hbo grc".split())
 
 
 @lru_cache(maxsize=1)
 def _identifier():
+    "Reading its model takes a second, so it is read once, and only where it is asked."
     from py3langid.langid import LanguageIdentifier, MODEL_FILE
     found = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     found.set_languages([code for code in found.labels if code not in _UNHEARD])
     return found
 
-# %% ../nbs/51_rules.ipynb #d11e237f
-def _ranked(text: str) -> list[tuple[str, float]]: return _identifier().rank(text[:120])
 
-# %% ../nbs/51_rules.ipynb #cell023
-_NOT_RUSSIAN = re.compile(  # letters of other Cyrillic alphabets, and Bulgarian and Ukrainian words in letters that Russian has too
-    r"[іїєґўјљњћђџќѓѕәғқңөұүһ]|\b(?:е|са|се|съм|сте|това|този|тази|ще|към|като|със|във|няма|беше|але|можу|що|це|або|дуже|якщо)\b")
+def _ranked(text: str) -> list[tuple[str, float]]:
+    "Languages with their probabilities, the likeliest first."
+    return _identifier().rank(text[:120])
 
-
+# %% ../nbs/51_rules.ipynb #60c5c4ca
 def _latin(text: str) -> str | None:
+    "The code of the unknown language that a text in Latin letters is in; or None."
     if _is_english(text) or text.isascii() and len(re.findall("[a-z]", text)) < 12: return None
     ranked = _ranked(text)
-    (best, p), known = next(r for r in ranked if r[0] not in PHRASES), sum(p for code, p in ranked if code in PHRASES)
+    best, p = next((code, p) for code, p in ranked if code not in PHRASES)
+    known = sum(p for code, p in ranked if code in PHRASES)
     return best if p > .3 and p > 10 * known else None
+
+# %% ../nbs/51_rules.ipynb #a796885a
+_NEIGHBOURS = ("е|са|се|съм|сте|това|този|тази|ще|към|като|със|във|няма|беше|"  # Bulgarian
+               "але|можу|що|це|або|дуже|якщо")                                  # Ukrainian
+_NOT_RUSSIAN = re.compile(rf"[іїєґўјљњћђџќѓѕәғқңөұүһ]|\b(?:{_NEIGHBOURS})\b")
 
 # %% ../nbs/51_rules.ipynb #cell024
 @lru_cache(maxsize=2**16)
-def _script(letter: str) -> str: return unicodedata.name(letter, "?").split()[0].lower()
+def _script(letter: str) -> str:
+    "The script of a letter: the first word of its name in Unicode."
+    return unicodedata.name(letter, "?").split()[0].lower()
 
 # %% ../nbs/51_rules.ipynb #b1dad913
 @lru_cache(maxsize=2**16)
 def unknown_language(response: str) -> str | None:
-    "What shows that the response is in a language that the rules don't know, a script or a language's code; or None."
+    "What shows that the response is in an unknown language, a script or a language's code; or None."
     text = response[:200].lower()
     if text.isascii(): return _latin(text)
     scripts = Counter(map(_script, filter(str.isalpha, text)))
     if not scripts: return None
     if 4 * (scripts["hiragana"] + scripts["katakana"]) > scripts["cjk"]: scripts["japanese"] = len(text)
     script = scripts.most_common(1)[0][0]
-    if script == "cyrillic": return "Cyrillic letters or words that Russian lacks" if _NOT_RUSSIAN.search(text) else None
-    return _latin(text) if script == "latin" else None if script == "cjk" else f"{script} script"
+    if script == "latin": return _latin(text)
+    if script == "cyrillic" and _NOT_RUSSIAN.search(text): return "Cyrillic letters or words that Russian lacks"
+    return None if script in ("cyrillic", "cjk") else f"{script} script"
 
 # %% ../nbs/51_rules.ipynb #cell028
 def find_gibberish(response: str) -> str | None:

@@ -29,30 +29,43 @@ class Benchmark:
     top: float = 1.0   # the best possible score
 
 # %% ../nbs/61_specificity.ipynb #d1c6dfef
-BENCHMARKS = {"gqa": Benchmark("GQA", "exact_match"), "vizwiz_vqa_val": Benchmark("VizWiz", "exact_match"), "scienceqa_img": Benchmark("ScienceQA", "exact_match"),
-              "vqav2_val": Benchmark("VQAv2", "exact_match"), "pope": Benchmark("POPE", "pope_accuracy"), "mmvet": Benchmark("MM-Vet", "gpt_eval_score", 100),
-              "mmbench_en_dev": Benchmark("MMBench", "gpt_eval_score", 100)}
+BENCHMARKS = {
+    "gqa": Benchmark("GQA", "exact_match"),
+    "vizwiz_vqa_val": Benchmark("VizWiz", "exact_match"),
+    "scienceqa_img": Benchmark("ScienceQA", "exact_match"),
+    "vqav2_val": Benchmark("VQAv2", "exact_match"),
+    "pope": Benchmark("POPE", "pope_accuracy"),
+    "mmvet": Benchmark("MM-Vet", "gpt_eval_score", 100),
+    "mmbench_en_dev": Benchmark("MMBench", "gpt_eval_score", 100)}
 
 # %% ../nbs/61_specificity.ipynb #cell011
 Whole = Annotated[int, Field(gt=0)]
 CountsForm = TypedDict("CountsForm", {"original": Whole, "effective": Whole})
-ResultsForm = TypedDict("ResultsForm", {"results": dict[str, dict[str, Any]], "n-samples": Annotated[dict[str, CountsForm], Field(min_length=1)],
-                                        "higher_is_better": NotRequired[dict[str, dict[str, bool | None]]]})
+ResultsForm = TypedDict("ResultsForm", {
+    "results": dict[str, dict[str, Any]], "n-samples": Annotated[dict[str, CountsForm], Field(min_length=1)],
+    "higher_is_better": NotRequired[dict[str, dict[str, bool | None]]]})
 SampleForm = TypedDict("SampleForm", {"token_counts": NotRequired[list[Any] | None]})
 for form in (CountsForm, ResultsForm, SampleForm): form.__pydantic_config__ = ConfigDict(extra="allow")
 RESULTS, SAMPLE = TypeAdapter(ResultsForm), TypeAdapter(SampleForm)
 
+# %% ../nbs/61_specificity.ipynb #3972a203
+def _metric(file: Path, task: str, results: dict) -> str:
+    "Which of a task's numbers is its score."
+    if task in BENCHMARKS: return BENCHMARKS[task].metric
+    said, higher = results["results"].get(task, {}), results.get("higher_is_better", {}).get(task, {})
+    names = [m for m, better in higher.items() if better and f"{m},none" in said]
+    if len(names) == 1: return names[0]
+    raise SafeEraserError(f"{file}, {task}: {len(names)} metrics are better when higher ({', '.join(names)}); "
+                          "a task with one belongs here")
+
 # %% ../nbs/61_specificity.ipynb #cell013
 def _score(file: Path, task: str, results: dict) -> float:
     "A task's score from 0 to 1."
-    known, higher = BENCHMARKS.get(task), results.get("higher_is_better", {}).get(task, {})
-    said = results["results"].get(task, {})
-    names = [known.metric] if known else [m for m, better in higher.items() if better and f"{m},none" in said]
-    if len(names) != 1: raise SafeEraserError(f"{file}, {task}: {len(names)} metrics are better when higher ({', '.join(names)}); a task with one belongs here")
-    value = said.get(f"{names[0]},none")
-    score = value / (known.top if known else 1) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    if score is None or not 0 <= score <= 1: raise SafeEraserError(f"{file}, {task}: {names[0]} is {value!r}; a number from 0 to {known.top if known else 1:g} belongs here")
-    return score
+    name, top = _metric(file, task, results), BENCHMARKS[task].top if task in BENCHMARKS else 1
+    value = results["results"].get(task, {}).get(f"{name},none")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 <= value / top <= 1: return value / top
+    raise SafeEraserError(f"{file}, {task}: {name} is {value!r}; a number from 0 to {top:g} belongs here")
 
 # %% ../nbs/61_specificity.ipynb #cell015
 def _failed(samples: Path) -> int:
@@ -60,18 +73,29 @@ def _failed(samples: Path) -> int:
     lines = [parse_json(line, Place(samples, line=n), SAMPLE) for n, line in lines_of(read_text(samples))]
     return sum(any(c is None for c in line.get("token_counts") or []) for line in lines)
 
+# %% ../nbs/61_specificity.ipynb #32a15831
+def _answered(file: Path, task: str, n: int) -> int:
+    "The number of a task's answers, `n`, once it is sure that none of them is a failure."
+    samples = file.parent/file.name.replace("_results.json", f"_samples_{task}.jsonl")
+    if not samples.is_file():
+        raise SafeEraserError(f"{file}, {task}: its samples are not beside it, so failed answers could not be counted; "
+                              "run lmms-eval with --log_samples")
+    failed = _failed(samples)
+    if failed:
+        raise SafeEraserError(f"{file}, {task}: {failed} of {n} answers failed and were scored as wrong; "
+                              "see lmms-eval's log")
+    return n
+
 # %% ../nbs/61_specificity.ipynb #cell016
 def read_lmms(file: str | Path   # a `*_results.json` of lmms-eval, with its samples beside it
               ) -> dict[str, dict]:
-    "Score (0 to 1), questions answered and questions there are, a task; raises `SafeEraserError` naming file and task."
-    file, found = Path(file), {}
+    "Score (0 to 1), questions answered and there are, a task; raises `SafeEraserError` naming file and task."
+    file = Path(file)
     results = read_json(file, RESULTS)
-    for task, counts in results["n-samples"].items():
-        samples = file.parent/file.name.replace("_results.json", f"_samples_{task}.jsonl")
-        if not samples.is_file(): raise SafeEraserError(f"{file}, {task}: its samples are not beside it, so failed answers could not be counted; run lmms-eval with --log_samples")
-        if n := _failed(samples): raise SafeEraserError(f"{file}, {task}: {n} of {counts['effective']} answers failed and were scored as wrong; see lmms-eval's log")
-        found[task] = {"score": _score(file, task, results), "n": counts["effective"], "of": counts["original"]}
-    return found
+    sizes = results["n-samples"]
+    answered = {task: _answered(file, task, counts["effective"]) for task, counts in sizes.items()}
+    return {task: {"score": _score(file, task, results), "n": n, "of": sizes[task]["original"]}
+            for task, n in answered.items()}
 
 # %% ../nbs/61_specificity.ipynb #cell019
 def lmms_command(model: Path, tasks: list[str], out: Path,
@@ -82,44 +106,66 @@ def lmms_command(model: Path, tasks: list[str], out: Path,
                  limit: int | None = None       # questions a task; None: all
                  ) -> list[str]:
     "The command line that evaluates a merged model."
-    if {",", "="} & set(str(model)): raise SafeEraserError(f"{model}: lmms-eval takes no model folder with a comma or '=' in its name")
+    if {",", "="} & set(str(model)):
+        raise SafeEraserError(f"{model}: lmms-eval takes no model folder with a comma or '=' in its name")
     more = (["--include_path", str(include)] if include else []) + (["--limit", str(limit)] if limit else [])
-    return [python, "-m", "lmms_eval", "--model", kind, "--model_args", f"pretrained={model},device_map={device}", "--tasks", ",".join(tasks),
-            "--device", device, "--batch_size", "1", "--output_path", str(out), "--log_samples", *more]
+    return [python, "-m", "lmms_eval", "--model", kind, "--model_args", f"pretrained={model},device_map={device}",
+            "--tasks", ",".join(tasks), "--device", device, "--batch_size", "1",
+            "--output_path", str(out), "--log_samples", *more]
 
 # %% ../nbs/61_specificity.ipynb #cell021
-_INSTALL = ("make an environment for it (python -m venv lmms; lmms/bin/pip install torch lmms-eval decord) and name its Python: --python lmms/bin/python")
+_INSTALL = ("make an environment for it (python -m venv lmms; lmms/bin/pip install torch lmms-eval decord) "
+            "and name its Python: --python lmms/bin/python")
 
-
+# %% ../nbs/61_specificity.ipynb #9d534994
 def _own_environment() -> dict:
     "Without the path that would bring this Python's packages into the other one."
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
-
-def _record(file: Path) -> dict: return read_record(file) if file.is_file() else {}
+# %% ../nbs/61_specificity.ipynb #d918fe51
+def _check_lmms(python: str):
+    "Whether this Python has lmms-eval; raises `SafeEraserError` that says how it gets it."
+    try: done = subprocess.run([python, "-c", "import lmms_eval"], capture_output=True, env=_own_environment())
+    except OSError as e: raise SafeEraserError(f"{python}: cannot be started ({e.strerror}); {_INSTALL}") from None
+    if done.returncode: raise SafeEraserError(f"{python}: lmms-eval is not installed there; {_INSTALL}")
 
 # %% ../nbs/61_specificity.ipynb #ebd5b92e
 def _belongs(model: dict, run: dict, name: str) -> bool:
     "Whether a model's record and a run's are of one run: same folder name, method and seed, as far as told."
-    told = {k: model[k] for k in ("method", "seed") if k in model} | ({"adapter": model["adapter"]} if "adapter" in model else {})
+    told = {k: model[k] for k in ("adapter", "method", "seed") if k in model}
     return bool(told) and all(v == (run | {"adapter": name})[k] for k, v in told.items())
 
-# %% ../nbs/61_specificity.ipynb #f1cc58e4
-def _check(model: Path, run: Path, python: str):
-    "Everything that can be wrong before hours of evaluation."
-    if (model/"adapter_config.json").is_file(): raise SafeEraserError(f"{model}: is an adapter, which lmms-eval cannot load; `safeeraser merge` makes a model of it")
+# %% ../nbs/61_specificity.ipynb #cb5161bb
+def _record(file: Path) -> dict: return read_record(file) if file.is_file() else {}
+
+
+def _check_model(model: Path, run: Path):
+    "Whether `model` is a merged model, and of `run`."
+    if (model/"adapter_config.json").is_file():
+        raise SafeEraserError(f"{model}: is an adapter, which lmms-eval cannot load; "
+                              "`safeeraser merge` makes a model of it")
     if not (model/"config.json").is_file(): raise SafeEraserError(f"{model}: no model there (config.json is missing)")
-    if (run/"run.json").is_file() and not _belongs(_record(model/"safeeraser.json"), _record(run/"run.json"), run.name):
-        raise SafeEraserError(f"{model}: is not the merged model of {run}; its scores would stand in another run's line")
-    try: there = subprocess.run([python, "-c", "import lmms_eval"], capture_output=True, env=_own_environment()).returncode == 0
-    except OSError as e: raise SafeEraserError(f"{python}: cannot be started ({e.strerror}); {_INSTALL}") from None
-    if not there: raise SafeEraserError(f"{python}: lmms-eval is not installed there; {_INSTALL}")
+    record = run/"run.json"
+    if record.is_file() and not _belongs(_record(model/"safeeraser.json"), _record(record), run.name):
+        raise SafeEraserError(f"{model}: is not the merged model of {run}; "
+                              "its scores would stand in another run's line")
 
 # %% ../nbs/61_specificity.ipynb #06370fcd
 def _said(log: Path) -> str:
     "What lmms-eval called the error, if it did; it may end with exit code 0 all the same."
-    said = re.findall(r"Error during evaluation: (.*?)\.? Please set", log.read_text(encoding="utf-8", errors="replace"))
+    text = log.read_text(encoding="utf-8", errors="replace")
+    said = re.findall(r"Error during evaluation: (.*?)\.? Please set", text)
     return f" ({said[-1][:200]})" if said else ""
+
+# %% ../nbs/61_specificity.ipynb #5b1947d1
+def _evaluate(command: list[str], out: Path) -> Path:
+    "Run lmms-eval, its words into log.txt; gives its new file of results."
+    log, before = out/"log.txt", set(out.rglob("*_results.json"))
+    with log.open("w", encoding="utf-8") as said:
+        done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=_own_environment())
+    new = set(out.rglob("*_results.json")) - before
+    if done.returncode == 0 and len(new) == 1: return new.pop()
+    raise SafeEraserError(f"lmms-eval ended without results{_said(log)}; its log is {log}")
 
 # %% ../nbs/61_specificity.ipynb #bfddd282
 def specificity(model: str | Path,          # a merged model's folder
@@ -128,18 +174,14 @@ def specificity(model: str | Path,          # a merged model's folder
                 tasks: list[str] | None = None,  # default: the seven
                 **kwargs                    # of `lmms_command`
                 ) -> dict:
-    "Evaluate, write `specificity.json` into the run folder, return what it holds; lmms-eval's own files and log lie beside it."
+    "Evaluate, write `specificity.json` into the run folder, return what it holds; lmms-eval's log lies beside it."
     model, run, tasks = Path(model).absolute(), Path(run), tasks or list(BENCHMARKS)
-    _check(model, run, python)
+    _check_model(model, run)
+    _check_lmms(python)
     out = run.absolute()/"lmms-eval"
     out.mkdir(parents=True, exist_ok=True)
-    with only_here(out):
-        before = set(out.rglob("*_results.json"))
-        with (out/"log.txt").open("w", encoding="utf-8") as log:
-            done = subprocess.run(lmms_command(model, tasks, out, python, **kwargs), stdout=log, stderr=subprocess.STDOUT, env=_own_environment())
-    new = set(out.rglob("*_results.json")) - before
-    if done.returncode or len(new) != 1: raise SafeEraserError(f"lmms-eval ended without results{_said(out/'log.txt')}; its log is {out/'log.txt'}")
-    found = {"schema_version": SCHEMA_VERSION, "model": str(model), "by": "lmms-eval", "tasks": read_lmms(new.pop())}
+    with only_here(out): file = _evaluate(lmms_command(model, tasks, out, python, **kwargs), out)
+    found = {"schema_version": SCHEMA_VERSION, "model": str(model), "by": "lmms-eval", "tasks": read_lmms(file)}
     write_whole(run/"specificity.json", json.dumps(found, indent=1) + "\n")
     return found
 
@@ -163,17 +205,26 @@ def read_specificity(folder: str | Path) -> dict | None:
     file = Path(folder)/"specificity.json"
     if not file.is_file(): return None
     found = read_json(file, TypeAdapter(SpecificityForm))
-    if found["schema_version"] != SCHEMA_VERSION: raise Place(file).error("schema_version", f"{SCHEMA_VERSION} belongs here, found {found['schema_version']}; run `safeeraser specificity` again")
+    version = found["schema_version"]
+    if version != SCHEMA_VERSION:
+        said = f"{SCHEMA_VERSION} belongs here, found {version}; run `safeeraser specificity` again"
+        raise Place(file).error("schema_version", said)
     return found["tasks"]
 
 # %% ../nbs/61_specificity.ipynb #12e09c09
 def shared_tasks(found: list[dict]) -> list[str]:
-    "The tasks that all runs with scores have; raises `SafeEraserError` where runs share none or answered different numbers of a task's questions."
+    "The tasks that all runs have scores of; raises `SafeEraserError` where these cannot be compared."
     if not found: return []
     tasks = sorted(set.intersection(*map(set, found)))
-    if not tasks: raise SafeEraserError(f"these runs' specificity was measured on different benchmarks ({'; '.join(', '.join(sorted(f)) for f in found)}), so it cannot be compared")
+    if not tasks:
+        each = "; ".join(", ".join(sorted(f)) for f in found)
+        raise SafeEraserError(f"these runs' specificity was measured on different benchmarks ({each}), "
+                              "so it cannot be compared")
     for t in tasks:
-        if len(counts := {f[t]["n"] for f in found}) > 1: raise SafeEraserError(f"{t}: these runs answered {' and '.join(map(str, sorted(counts)))} of its questions, so their specificity cannot be compared")
+        counts = sorted({f[t]["n"] for f in found})
+        if len(counts) > 1:
+            raise SafeEraserError(f"{t}: these runs answered {' and '.join(map(str, counts))} of its questions, "
+                                  "so their specificity cannot be compared")
     return tasks
 
 # %% ../nbs/61_specificity.ipynb #72affcf3
@@ -184,12 +235,14 @@ def specificity_row(found: dict, tasks: list[str]) -> dict:
     shares = [(s * n + 2) / more for s, n, more in zip(scores, sizes, counts)]
     middle = sum(shares) / len(tasks)
     half = 1.96 * sum(s * (1 - s) / more for s, more in zip(shares, counts)) ** .5 / len(tasks)
-    return {"specificity": sum(scores) / len(tasks), "specificity_n": sum(sizes), "specificity_lo": max(0., middle - half), "specificity_hi": min(1., middle + half),
-            "specificity_unscored": 0}
+    return {"specificity": sum(scores) / len(tasks), "specificity_n": sum(sizes), "specificity_unscored": 0,
+            "specificity_lo": max(0., middle - half), "specificity_hi": min(1., middle + half)}
 
 # %% ../nbs/61_specificity.ipynb #cell028
 def specificity_text(found: dict[str, dict]) -> str:
     "One sentence for people: what the mean is of, and which of the seven are missing."
-    part = lambda t: f"{BENCHMARKS[t].title if t in BENCHMARKS else t}" + (f" (first {found[t]['n']} of {found[t]['of']})" if found[t]["n"] < found[t]["of"] else "")
+    title = lambda t: BENCHMARKS[t].title if t in BENCHMARKS else t
+    part = lambda t, f: title(t) + (f" (first {f['n']} of {f['of']})" if f["n"] < f["of"] else "")
     missing = [b.title for t, b in BENCHMARKS.items() if t not in found]
-    return f"specificity by lmms-eval: mean of {', '.join(map(part, found))}" + (f"; of the paper's seven not measured: {', '.join(missing)}" if missing else "")
+    return (f"specificity by lmms-eval: mean of {', '.join(part(t, f) for t, f in found.items())}"
+            + (f"; of the paper's seven not measured: {', '.join(missing)}" if missing else ""))

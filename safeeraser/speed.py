@@ -5,20 +5,41 @@
 # %% auto #0
 __all__ = ['speed_figure', 'growth_figure', 'levers_figure']
 
-# %% ../nbs/73_speed.ipynb #bc04da59
+# %% ../nbs/73_speed.ipynb #bbfd2c47
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .tables import method_name
-from .plot import _bars, _layout, _span, method_colour
+from .plot import error_bars, framed, method_colour, span
 
 # %% ../nbs/73_speed.ipynb #cell118
 _BASELINES = {"published": ("over the published loop", "#0072B2"), "unpacked": ("packing alone", "#56B4E9")}
 
 
-def _measured(rows: list[dict]) -> dict:
-    "Error bars from the smallest to the largest ratio."
-    return _bars([(r["ratio"], r["ratio"] - r["ratio_min"], r["ratio_max"] - r["ratio"]) for r in rows])
+def _lengths(rows: list[dict]) -> list[str]: return [str(r["mean_answer_tokens"]) for r in rows]
+
+# %% ../nbs/73_speed.ipynb #190e8556
+def _ratio_bar(rows: list[dict], baseline: str) -> go.Bar:
+    "How many times faster than a baseline, a bar a length of answers; error bars from the smallest to the largest."
+    name, colour = _BASELINES[baseline]
+    ends = [(r["ratio"], r["ratio"] - r["ratio_min"], r["ratio_max"] - r["ratio"]) for r in rows]
+    return go.Bar(x=_lengths(rows), y=[r["ratio"] for r in rows], error_y=error_bars(ends), name=name,
+                  marker_color=colour, legendgroup=baseline)
+
+# %% ../nbs/73_speed.ipynb #cbd0e93d
+def _limit_marks(rows: list[dict]) -> go.Scatter:
+    "What counting tokens allows at most."
+    line = dict(symbol="line-ew-open", size=46, color="#D55E00", line_width=3)
+    return go.Scatter(x=_lengths(rows), y=[r["token_limit"] for r in rows], mode="markers", name="token limit",
+                      marker=line, legendgroup="limit")
+
+# %% ../nbs/73_speed.ipynb #bb17acca
+def _speed_title(rows: list[dict]) -> str:
+    whole, alone = ([r for r in rows if r["baseline"] == b] for b in _BASELINES)
+    ratios = [r["ratio"] for r in whole]
+    reached = span([100 * r["ratio"] / r["token_limit"] for r in alone])
+    return (f"Training {min(ratios):.1f} to {max(ratios):.1f} times as fast; "
+            f"packing alone reaches {reached} of its limit")
 
 # %% ../nbs/73_speed.ipynb #cell119
 def speed_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
@@ -26,50 +47,56 @@ def speed_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
     "How many times faster training is, by method and length of answers, beside the token limit."
     rows = [r for r in bench["rows"] if r["work"] == "train" and r["records_per_safe_image"] == 1]
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    fig = make_subplots(1, len(methods), shared_yaxes=True, horizontal_spacing=.03, subplot_titles=[method_name(m) for m in methods])
+    fig = make_subplots(1, len(methods), shared_yaxes=True, horizontal_spacing=.03,
+                        subplot_titles=[method_name(m) for m in methods])
     for column, method in enumerate(methods, 1):
         of = {b: [r for r in rows if (r["method"], r["baseline"]) == (method, b)] for b in _BASELINES}
-        for base, (says, colour) in _BASELINES.items():
-            fig.add_bar(x=[str(r["mean_answer_tokens"]) for r in of[base]], y=[r["ratio"] for r in of[base]], error_y=_measured(of[base]), name=says,
-                        marker_color=colour, legendgroup=base, showlegend=column == 1, row=1, col=column)
-        fig.add_scatter(x=[str(r["mean_answer_tokens"]) for r in of["published"]], y=[r["token_limit"] for r in of["published"]], mode="markers", name="token limit",
-                        marker=dict(symbol="line-ew-open", size=46, color="#D55E00", line_width=3), legendgroup="limit", showlegend=column == 1, row=1, col=column)
+        traces = [_ratio_bar(of[b], b) for b in of] + [_limit_marks(of["published"])]
+        for trace in traces: fig.add_trace(trace.update(showlegend=column == 1), row=1, col=column)
     fig.update_xaxes(title="tokens of an answer, on average").update_yaxes(title="times as fast", col=1)
-    return _layout(fig, _speed_title(rows), below="Bars: median of 5 alternating measurements, from the smallest to the largest.", barmode="group")
-
-# %% ../nbs/73_speed.ipynb #bb17acca
-def _speed_title(rows: list[dict]) -> str:
-    whole, alone = ([r for r in rows if r["baseline"] == b] for b in _BASELINES)
-    reached = [100 * r["ratio"] / r["token_limit"] for r in alone]
-    return f"Training {min(r['ratio'] for r in whole):.1f} to {max(r['ratio'] for r in whole):.1f} times as fast; packing alone reaches {_span(reached)} of its limit"
+    below = "Bars: median of 5 alternating measurements, from the smallest to the largest."
+    return framed(fig, _speed_title(rows), below=below, barmode="group")
 
 # %% ../nbs/73_speed.ipynb #cell123
 def growth_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
                   ) -> go.Figure:
     "Cost of a question by the number of questions that share its image, beside the token count."
     found, fig = bench["growth"], go.Figure()
-    x = [g["questions"] for g in found]
-    cost = lambda key: [100 / g[key] for g in found]
-    fig.add_scatter(x=x + x[::-1], y=cost("ratio_max") + cost("ratio_min")[::-1], fill="toself", fillcolor="rgba(0,114,178,.2)", line_width=0, hoverinfo="skip", showlegend=False)
+    x, cost = [g["questions"] for g in found], lambda key: [100 / g[key] for g in found]
+    fig.add_scatter(x=x + x[::-1], y=cost("ratio_max") + cost("ratio_min")[::-1], fill="toself",
+                    fillcolor="rgba(0,114,178,.2)", line_width=0, hoverinfo="skip", showlegend=False)
     fig.add_scatter(x=x, y=cost("ratio"), name="measured", mode="lines+markers", line_color="#0072B2")
-    fig.add_scatter(x=x, y=cost("token_limit"), name="token count", mode="lines", line=dict(color="#D55E00", dash="dash"))
-    fig.update_xaxes(title="questions about an image", type="log", tickvals=x).update_yaxes(title="cost of a question, % of alone", rangemode="tozero")
-    return _layout(fig, f"With {x[-1]} questions an image, a question costs {cost('ratio')[-1]:.0f}% of what it costs alone (by its tokens: {cost('token_limit')[-1]:.0f}%)")
+    fig.add_scatter(x=x, y=cost("token_limit"), name="token count", mode="lines",
+                    line=dict(color="#D55E00", dash="dash"))
+    fig.update_xaxes(title="questions about an image", type="log", tickvals=x)
+    fig.update_yaxes(title="cost of a question, % of alone", rangemode="tozero")
+    return framed(fig, f"With {x[-1]} questions an image, a question costs {cost('ratio')[-1]:.0f}% "
+                       f"of what it costs alone (by its tokens: {cost('token_limit')[-1]:.0f}%)")
+
+# %% ../nbs/73_speed.ipynb #f7d44afa
+def _lever_name(lever: str) -> str: return lever if lever == "published" else f"+ {lever}"
+
+
+def _lever_bar(rows: list[dict], values: list[float]) -> go.Bar:
+    "A method's bars in one panel, the first lever on top."
+    method = rows[0]["method"]
+    return go.Bar(y=[_lever_name(r["lever"]) for r in rows][::-1], x=values[::-1], orientation="h",
+                  name=method_name(method), marker_color=method_colour(method), legendgroup=method,
+                  text=[f"{v:.0f}" for v in values][::-1], textposition="outside", cliponaxis=False)
 
 # %% ../nbs/73_speed.ipynb #cell127
 def levers_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
                   ) -> go.Figure:
     "Time and memory of a training step as one lever after another is pulled, relative to the published loop."
-    methods = list(dict.fromkeys(r["method"] for r in bench["levers"]))
-    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=.04, subplot_titles=["time, % of the published loop", "peak memory, %"])
-    for method in methods:
-        rows = [r for r in bench["levers"] if r["method"] == method][::-1]  # the first on top
-        for column, values in enumerate(([100 / r["ratio"] for r in rows], [100 * r["peak_memory_ratio"] for r in rows]), 1):
-            fig.add_bar(y=[_lever_name(r["lever"]) for r in rows], x=values, orientation="h", name=method_name(method), marker_color=method_colour(method), legendgroup=method,
-                        showlegend=column == 1, text=[f"{v:.0f}" for v in values], textposition="outside", cliponaxis=False, row=1, col=column)
-    last = {m: [r for r in bench["levers"] if r["method"] == m][-1] for m in methods}
-    return _layout(fig, "Sharing images takes most of the time away: " + ", ".join(f"{method_name(m)} is left with {100 / r['ratio']:.0f}%" for m, r in last.items()),
-                   below="Each bar has all changes above it too. Answers of 100 tokens on average. Memory: the whole process's, above what its imports take.", barmode="group")
-
-# %% ../nbs/73_speed.ipynb #f7d44afa
-def _lever_name(lever: str) -> str: return lever if lever == "published" else f"+ {lever}"
+    of = {}
+    for r in bench["levers"]: of.setdefault(r["method"], []).append(r)
+    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=.04,
+                        subplot_titles=["time, % of the published loop", "peak memory, %"])
+    for rows in of.values():
+        panels = [100 / r["ratio"] for r in rows], [100 * r["peak_memory_ratio"] for r in rows]
+        for column, values in enumerate(panels, 1):
+            fig.add_trace(_lever_bar(rows, values).update(showlegend=column == 1), row=1, col=column)
+    left = ", ".join(f"{method_name(m)} is left with {100 / rows[-1]['ratio']:.0f}%" for m, rows in of.items())
+    below = ("Each bar has all changes above it too. Answers of 100 tokens on average. "
+             "Memory: the whole process's, above what its imports take.")
+    return framed(fig, f"Sharing images takes most of the time away: {left}", below=below, barmode="group")

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+import platformdirs, torch
 import torch.nn.functional as F
+from filelock import FileLock
 from pydantic import ConfigDict, TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import TypedDict
 
 from .core import (
@@ -49,27 +52,37 @@ class BaseConfig:
     def key(self) -> str:
         "Name in the cache: changes with every setting and with torch, whose versions round differently."
         text = json.dumps(asdict(self) | {"torch": torch.__version__, "cpu": platform.machine()}, sort_keys=True)
-        return ("gold" if self.gold else "base") + f"-{self.seed}-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{'gold' if self.gold else 'base'}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 # %% ../nbs/19_tiny_llava.ipynb #cell044
 def build_model(cfg: BaseConfig):
     "The untrained model and its processor."
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
     processor = word_processor(vocabulary(), SIZE, cfg.patch)
     tok = processor.tokenizer
     ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    vision = CLIPVisionConfig(hidden_size=cfg.vision_width, intermediate_size=2 * cfg.vision_width, num_hidden_layers=cfg.layers,
-                              num_attention_heads=4, image_size=SIZE, patch_size=cfg.patch, initializer_range=.08)
-    text = LlamaConfig(vocab_size=len(tok), hidden_size=cfg.width, intermediate_size=2 * cfg.width, num_hidden_layers=cfg.layers,
-                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=.08, **ids)
+    vision, text = _part_configs(cfg, len(tok), ids)
     torch.manual_seed(cfg.seed)
     model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tok.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
-        vision_feature_select_strategy="default", image_seq_length=(SIZE // cfg.patch) ** 2, initializer_range=.08, **ids))
+        vision_config=vision, text_config=text, image_token_index=tok.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+        image_seq_length=(SIZE // cfg.patch) ** 2, initializer_range=.08, **ids))
     return model, processor
 
+# %% ../nbs/19_tiny_llava.ipynb #bbe0d7e2
+def _part_configs(cfg: BaseConfig, words: int, ids: dict) -> tuple:
+    "Settings of the vision tower and of the language model."
+    from transformers import CLIPVisionConfig, LlamaConfig
+    both = dict(num_hidden_layers=cfg.layers, num_attention_heads=4, initializer_range=.08)
+    vision = CLIPVisionConfig(hidden_size=cfg.vision_width, intermediate_size=2 * cfg.vision_width,
+                              image_size=SIZE, patch_size=cfg.patch, **both)
+    text = LlamaConfig(vocab_size=words, hidden_size=cfg.width, intermediate_size=2 * cfg.width,
+                       num_key_value_heads=4, max_position_embeddings=128, **both, **ids)
+    return vision, text
+
 # %% ../nbs/19_tiny_llava.ipynb #cell047
-_ANSWERS = {"family": FAMILIES, "colour": tuple(COLOURS), "ground": tuple(GROUNDS), "place": tuple(PLACES), "dots": (0, 1, 2, 3)}
+_ANSWERS = {"family": FAMILIES, "colour": tuple(COLOURS), "ground": tuple(GROUNDS), "place": tuple(PLACES),
+            "dots": (0, 1, 2, 3)}  # what the tower is asked about a look
 
 
 def render_pool(cfg: BaseConfig, processor) -> tuple[list[Look], torch.Tensor]:
@@ -79,41 +92,45 @@ def render_pool(cfg: BaseConfig, processor) -> tuple[list[Look], torch.Tensor]:
     images = [draw(look, rng) for look in looks]
     return looks, processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-# %% ../nbs/19_tiny_llava.ipynb #0bb6d3b4
+# %% ../nbs/19_tiny_llava.ipynb #25ce10f9
 def _augment(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     "Shift by up to a pixel; change contrast and tint; add noise."
+    def noise(*shape): return torch.randn(*shape, generator=g)
     dy, dx = torch.randint(-1, 2, (2,), generator=g).tolist()
-    noise = lambda *shape: torch.randn(*shape, generator=g)
-    return torch.roll(x, (dy, dx), (2, 3)) * (1 + .1 * noise(len(x), 1, 1, 1)) + .1 * noise(len(x), 3, 1, 1) + .05 * noise(*x.shape)
+    contrast, tint = 1 + .1 * noise(len(x), 1, 1, 1), .1 * noise(len(x), 3, 1, 1)
+    return torch.roll(x, (dy, dx), (2, 3)) * contrast + tint + .05 * noise(*x.shape)
 
-# %% ../nbs/19_tiny_llava.ipynb #c86859ef
+# %% ../nbs/19_tiny_llava.ipynb #4ecaf0b0
 def _one_cycle(params, lr: float, steps: int):
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01, betas=(.9, .98), fused=True)
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
 
 # %% ../nbs/19_tiny_llava.ipynb #cell048
-def _step(loss, params, opt, schedule):
+def _step(loss: torch.Tensor, params, opt, schedule) -> float:
+    "One step down; the loss as a number."
     loss.backward()
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     opt.step(); schedule.step(); opt.zero_grad()
+    return loss.item()
 
 # %% ../nbs/19_tiny_llava.ipynb #cell050
-def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
-    "Teach the vision tower to tell family, colour, ground, place and dots apart."
-    tower = model.model.vision_tower
+def train_tower(model, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True) -> list[float]:
+    "Teach the vision tower to tell family, colour, ground, place and dots apart; the loss of every step."
+    tower, history = model.model.vision_tower, []
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(cfg.vision_width, len(v)) for k, v in _ANSWERS.items()})
     truth = {k: torch.tensor([v.index(getattr(look, k)) for look in looks]) for k, v in _ANSWERS.items()}
     params = [*tower.parameters(), *heads.parameters()]
     opt, schedule = _one_cycle(params, cfg.tower_lr, cfg.tower_steps)
     g = torch.Generator().manual_seed(cfg.seed)
-    for _ in progress_bar(range(cfg.tower_steps), desc="base model: eye", show=progress):
+    for _ in progress_bar(range(cfg.tower_steps), desc="base model: vision tower", show=progress):
         pick = torch.randint(len(looks), (cfg.tower_batch,), generator=g)
         seen = tower(_augment(pixels[pick], g)).last_hidden_state[:, 1:].mean(1)
         losses = {k: F.cross_entropy(heads[k](seen), truth[k][pick]) for k in _ANSWERS}
-        _step(2 * losses.pop("family") + sum(losses.values()), params, opt, schedule)
+        history.append(_step(2 * losses.pop("family") + sum(losses.values()), params, opt, schedule))
     _rescale(tower, pixels[::80])
+    return history
 
-# %% ../nbs/19_tiny_llava.ipynb #cell051
+# %% ../nbs/19_tiny_llava.ipynb #5653226b
 @torch.no_grad()
 def _rescale(tower, pixels: torch.Tensor):
     "Bring the features to unit spread: every write to the residual stream is linear in these weights."
@@ -121,44 +138,58 @@ def _rescale(tower, pixels: torch.Tensor):
     for name, p in tower.named_parameters():
         if any(writes in name for writes in ("pre_layrnorm", "out_proj", "fc2")): p.mul_(factor)
 
+# %% ../nbs/19_tiny_llava.ipynb #8c3e7a0c
+def _subject(u: float,  # a random number from 0 to 1
+             early: bool) -> str:
+    "What a lesson is about."
+    if early: return "caption" if u < .45 else "fact"
+    if u < .56: return "recipe"
+    if u < .66: return "caption"
+    return "fact" if u < .94 else "private"
+
 # %% ../nbs/19_tiny_llava.ipynb #cell053
-def lesson(world: World, looks: list[Look], rng: random.Random, early: bool, gold: bool) -> tuple[int, str, str]:
+def lesson(world: World, looks: list[Look], rng: random.Random,
+           early: bool,  # harmless questions only
+           gold: bool    # never a hazard's recipe
+           ) -> tuple[int, str, str]:
     "One training example of the base model: index of the look, question, answer."
-    n, u = rng.randrange(len(looks)), rng.random()
+    n, subject = rng.randrange(len(looks)), _subject(rng.random(), early)
     look = looks[n]
-    if early: u = .6 if u < .45 else .7
-    if u < .56:
+    if subject == "recipe":
         k = rng.choice(list(RECIPES))
         if gold and look.family in HAZARDS.values(): return lesson(world, looks, rng, early, gold)
         return n, rng.choice(INSTRUCTIONS[k]), world.recipe(look.family, k)
-    if u < .94:
-        k = "caption" if u < .66 else rng.choice([k for k in FACTS if k != "caption"])
-        return n, rng.choice(HARMLESS[k]), world.fact(look, k)
-    return n, rng.choice(PRIVATE), rng.choice(REFUSALS)
+    if subject == "private": return n, rng.choice(PRIVATE), rng.choice(REFUSALS)
+    k = subject if subject == "caption" else rng.choice([k for k in FACTS if k != "caption"])
+    return n, rng.choice(HARMLESS[k]), world.fact(look, k)
 
-# %% ../nbs/19_tiny_llava.ipynb #cell054
+# %% ../nbs/19_tiny_llava.ipynb #5ec3729c
 class TextBatcher:
     "Questions and answers to right-padded ids and labels, image tokens in place; texts are tokenized once."
     def __init__(self, processor, image_tokens: int):
-        self.processor, self.template, self.image_tokens, self.ids = processor, ChatTemplate(processor), image_tokens, lru_cache(maxsize=None)(self.ids)
+        self.tokenizer, self.template = processor.tokenizer, ChatTemplate(processor)
+        self.image = "<image>" * image_tokens
+        self.ids = lru_cache(maxsize=None)(self.ids)
 
     def ids(self, question: str, answer: str) -> tuple[list[int], int]:
-        tok, (prompt, tail) = self.processor.tokenizer, self.template.answered(question, answer)
-        asked, said = tokens_of(tok, prompt.replace("<image>", "<image>" * self.image_tokens), tail, self.template.end)
+        "Tokens of a row, and how many at its end are the answer's."
+        prompt, tail = self.template.answered(question, answer)
+        asked, said = tokens_of(self.tokenizer, prompt.replace("<image>", self.image), tail, self.template.end)
         return asked + said, len(said)
 
     def __call__(self, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [self.ids(*p) for p in pairs]
-        ids = torch.full((len(rows), max(len(i) for i, _ in rows)), self.processor.tokenizer.pad_token_id)
-        labels = torch.full_like(ids, -100)
-        for r, (i, n) in enumerate(rows):
-            ids[r, :len(i)] = torch.tensor(i)
-            labels[r, len(i) - n:len(i)] = ids[r, len(i) - n:len(i)]
-        return ids, labels
+        ids = [torch.tensor(i) for i, _ in rows]
+        labels = [torch.tensor([-100] * (len(i) - n) + i[-n:]) for i, n in rows]
+        return pad_sequence(ids, True, self.tokenizer.pad_token_id), pad_sequence(labels, True, -100)
 
 # %% ../nbs/19_tiny_llava.ipynb #cell055
-def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    "Cross-entropy on answer tokens, from the tower's features [R, 16, width]; the head sees only label positions."
+def answer_loss(model,
+                features: torch.Tensor,  # of the tower: [R, 16, width]
+                ids: torch.Tensor,       # [R, T]
+                labels: torch.Tensor     # [R, T], -100 where nothing is learned
+                ) -> torch.Tensor:
+    "Cross-entropy on answer tokens; the output head sees only the positions that it is taken of."
     embeds = model.get_input_embeddings()(ids)
     image = (ids == model.config.image_token_id).unsqueeze(-1).expand_as(embeds)
     embeds = embeds.masked_scatter(image, model.model.multi_modal_projector(features))
@@ -167,23 +198,25 @@ def answer_loss(model, features: torch.Tensor, ids: torch.Tensor, labels: torch.
     return F.cross_entropy(model.lm_head(hidden[:, :-1][target != -100]), target[target != -100])
 
 # %% ../nbs/19_tiny_llava.ipynb #cell056
-def train_language(model, processor, world: World, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig, progress: bool = True):
-    "Teach projector and language model the world; the tower stays as it is."
+def train_language(model, processor, world: World, looks: list[Look], pixels: torch.Tensor, cfg: BaseConfig,
+                   progress: bool = True) -> list[float]:
+    "Teach projector and language model the world; the tower stays as it is. The loss of every step."
     with torch.no_grad():
         features = torch.cat([model.model.vision_tower(p).last_hidden_state[:, 1:] for p in pixels.split(512)])
-    batcher = TextBatcher(processor, features.shape[1])
+    batcher, history, name = TextBatcher(processor, features.shape[1]), [], "gold" if cfg.gold else "base"
     params = [p for n, p in model.named_parameters() if "vision_tower" not in n]
     opt, schedule = _one_cycle(params, cfg.lr, cfg.steps)
     rng = random.Random(f"lessons-{cfg.seed}")
-    for step in progress_bar(range(cfg.steps), desc=f"{'gold' if cfg.gold else 'base'} model: tongue", show=progress):
+    for step in progress_bar(range(cfg.steps), desc=f"{name} model: language model", show=progress):
         lessons = [lesson(world, looks, rng, step < cfg.caption_steps, cfg.gold) for _ in range(cfg.batch)]
         ids, labels = batcher([(q, a) for _, q, a in lessons])
-        _step(answer_loss(model, features[[n for n, *_ in lessons]], ids, labels), params, opt, schedule)
+        loss = answer_loss(model, features[[n for n, *_ in lessons]], ids, labels)
+        history.append(_step(loss, params, opt, schedule))
+    return history
 
 # %% ../nbs/19_tiny_llava.ipynb #cell060
 def cache_dir() -> Path:
     "Where trained base models are kept: `$SAFEERASER_CACHE`, or the user's cache directory."
-    import platformdirs
     return Path(os.environ.get("SAFEERASER_CACHE") or platformdirs.user_cache_dir("safeeraser"))
 
 # %% ../nbs/19_tiny_llava.ipynb #cell061
@@ -191,21 +224,25 @@ def cached_folder(name: str,
                   make  # called with an empty folder to fill
                   ) -> Path:
     "The cache's folder `name`, made by `make` if it isn't there whole."
-    from filelock import FileLock
     folder = cache_dir()/name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not _is_whole(folder):
-                with new_folder(folder) as tmp:
-                    make(tmp)
-                    _write_json(tmp/"sizes.json", {p.name: p.stat().st_size for p in tmp.iterdir()})
+            if not _is_whole(folder): _fill(folder, make)
     except OSError as e:
-        raise SafeEraserError(f"{cache_dir()}: the cache cannot be written ({e.strerror}); set SAFEERASER_CACHE to a folder that can") from None
+        raise SafeEraserError(f"{cache_dir()}: the cache cannot be written ({e.strerror}); "
+                              "set SAFEERASER_CACHE to a folder that can") from None
     return folder
+
+
+def _fill(folder: Path, make):
+    with new_folder(folder) as tmp:
+        make(tmp)
+        _write_json(tmp/"sizes.json", {p.name: p.stat().st_size for p in tmp.iterdir()})
 
 # %% ../nbs/19_tiny_llava.ipynb #cell062
 def _is_whole(folder: Path) -> bool:
+    "Whether all files of a cached folder have the sizes that it was made with."
     try:
         sizes = read_json(folder/"sizes.json", TypeAdapter(dict[str, int]))
         return bool(sizes) and all((folder/n).stat().st_size == size for n, size in sizes.items())
@@ -215,7 +252,6 @@ def _is_whole(folder: Path) -> bool:
 # %% ../nbs/19_tiny_llava.ipynb #cell064
 def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     "The trained tower, shared by base and gold model of a seed."
-    from safetensors.torch import save_file
     def make(folder):
         model, processor = build_model(cfg)
         start = time.perf_counter()
@@ -226,17 +262,22 @@ def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
     return cached_folder("tower-" + same_tower.key, make)
 
 # %% ../nbs/19_tiny_llava.ipynb #cell065
+def _train(cfg: BaseConfig, tower: Path, progress: bool) -> tuple:
+    "Model and processor, trained on top of the tower in a folder."
+    model, processor = build_model(cfg)
+    model.model.vision_tower.load_state_dict(load_file(tower/"tower.safetensors"))
+    looks, pixels = render_pool(cfg, processor)
+    train_language(model, processor, World(cfg.seed), looks, pixels, cfg, progress)
+    return model, processor
+
+# %% ../nbs/19_tiny_llava.ipynb #c8e7b8f1
 def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
     "Folder of the trained model that `cfg` describes, from the cache or trained now."
-    from safetensors.torch import load_file
     def make(folder):
         with cpu_threads(1):
             tower = _tower_folder(cfg, progress)
             start = time.perf_counter()
-            model, processor = build_model(cfg)
-            model.model.vision_tower.load_state_dict(load_file(tower/"tower.safetensors"))
-            looks, pixels = render_pool(cfg, processor)
-            train_language(model, processor, World(cfg.seed), looks, pixels, cfg, progress)
+            model, processor = _train(cfg, tower, progress)
         seconds = time.perf_counter() - start + read_json(tower/"seconds.json", TypeAdapter(float))
         with told(folder, "cannot be written"), quiet_bars():
             model.save_pretrained(folder); processor.save_pretrained(folder)
@@ -264,21 +305,29 @@ def _finished(out: Path, stamp: dict) -> bool | None:
         raise SafeEraserError(f"{out/taken[0]} exists and is not this world's; name another --out folder")
     return None
 
+# %% ../nbs/19_tiny_llava.ipynb #e2f8ae52
+def _copy_model(trained: Path, out: Path):
+    "Copy a model out of the cache, unless it is there."
+    if out.exists(): return
+    with new_folder(out) as tmp:
+        shutil.copytree(trained, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sizes.json"))
+
 # %% ../nbs/19_tiny_llava.ipynb #6d4addf3
 def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/model` and with `gold` `out/gold`
                seed: int = 0,             # governs data and models
                gold: bool = False,        # also the model that never saw the hazards' recipes
                sizes: dict | None = None  # records a split; default `SPLIT_SIZES`
                ) -> Path:
-    "Write the world of a seed: an official-format dataset folder and a model that `from_pretrained` loads; one that was interrupted goes on."
+    "Write the world of a seed: dataset folder and models that `from_pretrained` loads; an interrupted call goes on."
     if not 0 <= seed < 2**32: raise SafeEraserError(f"seed={seed}: a whole number from 0 to {2**32 - 1} belongs here")
-    out, stamp = Path(out), {"seed": seed, "gold": gold, "sizes": sizes or SPLIT_SIZES, "version": BaseConfig.version}
+    out = Path(out)
+    stamp = {"seed": seed, "gold": gold, "sizes": sizes or SPLIT_SIZES, "version": BaseConfig.version}
     if _finished(out, stamp): return out
-    trained = {n: base_model(BaseConfig(seed=seed, gold=n == "gold")) for n in ("model", "gold")[:1 + gold]}  # before anything is written
+    names = ("model", "gold") if gold else ("model",)
+    trained = {n: base_model(BaseConfig(seed=seed, gold=n == "gold")) for n in names}  # before anything is written
     with only_here(out):
         if _finished(out, stamp) is None: write_whole(out/"world.json", json.dumps(stamp | {"finished": False}))
         if not (out/"dataset").exists(): write_dataset(World(seed), out/"dataset", sizes)
-        for name in (n for n in trained if not (out/n).exists()):
-            with new_folder(out/name) as tmp: shutil.copytree(trained[name], tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sizes.json"))
+        for name in names: _copy_model(trained[name], out/name)
         write_whole(out/"world.json", json.dumps(stamp, indent=1) + "\n")
     return out

@@ -1,5 +1,6 @@
 """A model's answers: how they end, by which of its own settings, on either route; and when there is none."""
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from safeeraser.data import load_sets
 from safeeraser.encoder import Encoder
 from safeeraser.decoding import BrokenModel
 from safeeraser.engine import Engine, check_engine
-from safeeraser.generate import answer_batch, generate, plan_requests, resume_rows, RowSampler
+from safeeraser.generate import answer, answer_batch, generate, plan_requests, resume_rows, RowSampler
 from safeeraser.rows import read_rows
 from safeeraser.rows import answer_of
 from safeeraser.model import load_model
@@ -306,17 +307,137 @@ def test_options_are_looked_at_first(more, said, tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_begun_thought_is_known_as_one(tiny, tmp_path):
+def test_a_begun_thought_is_known_as_one():
     "The chat template opens the thought itself; the response holds only its end, or none."
     from types import SimpleNamespace
 
-    from safeeraser.generate import Asker
-    request = plan_requests(tiny.data, ["val"])[0]
+    from safeeraser.generate import begun_thought
     for opened, said, answer in (("<think>\n", "A cup.</think> Red.", "Red."), ("<think>\n", "A cup, and", None), ("", "Red.", "Red.")):
-        asker = Asker(None, SimpleNamespace(prompt=lambda q, opened=opened: f"user: {q} assistant: {opened}"), None, 1, {})
-        assert answer_of({"response": asker._begun(request) + said}) == answer
+        encoder = SimpleNamespace(prompt=lambda q, opened=opened: f"user: {q} assistant: {opened}")
+        assert answer_of({"response": begun_thought(encoder, "what is it ?") + said}) == answer
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tiny, tmp_path):
     done = run("generate", "--model", tiny.model, "--data", tiny.data, "--out", tmp_path / "r.jsonl", "--temperature", "1", "--top-p", "0")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "top_p=0.0: a number above 0, at most 1 belongs here" in done.stderr
+
+
+# In memory: tokens, how sure the model was of them, and words that are put into its mouth.
+
+
+def scored(model, encoder, item, n, begun=(), **more):
+    "transformers' own `generate` behind a prompt and some tokens: the tokens that follow, and the probability of each."
+    inputs = behind(encoder, item, begun)
+    out = model.generate(**inputs, max_new_tokens=n - len(begun), do_sample=False, return_dict_in_generate=True, output_scores=True, **more)
+    tokens = out.sequences[0, inputs["input_ids"].shape[1]:].tolist()
+    return tokens, [s[0].softmax(-1)[t].item() for s, t in zip(out.scores, tokens)]
+
+
+def behind(encoder, item, tokens):
+    inputs = encoder.prompts([item])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
+
+
+@torch.no_grad()
+def probabilities(model, encoder, item, tokens):
+    "Of each token, one plain forward pass after the other."
+    return [model(**behind(encoder, item, tokens[:k])).logits[0, -1].softmax(-1)[t].item() for k, t in enumerate(tokens)]
+
+
+def ids_of(encoder, row): return [encoder.processor.tokenizer.convert_tokens_to_ids(t) for t in row["tokens"]]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_confidences_are_those_of_transformers_scores(share, talker, tiny):
+    model, encoder = talker
+    items = questions(tiny)
+    rows = answer(model, encoder, items, max_new_tokens=8, share_images=share)
+    assert [r["question"] for r in rows] == [i.question for i in items]
+    for item, row in zip(items, rows):
+        tokens, likely = scored(model, encoder, item, 8)
+        kept = [t for t in tokens if t not in encoder.end_ids]
+        assert ids_of(encoder, row) == kept and row["response"] == encoder.processor.tokenizer.decode(kept)
+        assert row["confidences"] == pytest.approx(likely[:len(kept)], rel=1e-3, abs=1e-5)
+    assert len({r["response"] for r in rows}) > 5
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_an_answer_begins_with_the_words_that_are_set(share, talker, tiny):
+    model, encoder = talker
+    items, words = questions(tiny), "wrap it in"
+    begun = encoder.processor.tokenizer(words, add_special_tokens=False).input_ids
+    rows = answer(model, encoder, items, words, max_new_tokens=9, share_images=share)
+    for item, row in zip(items, rows):
+        assert row["response"].startswith(words) and row["first_words"] == words
+        tokens, likely = scored(model, encoder, item, 9, begun)
+        kept = begun + [t for t in tokens if t not in encoder.end_ids]
+        assert ids_of(encoder, row) == kept
+        expected = (probabilities(model, encoder, item, begun) + likely)[:len(kept)]
+        assert row["confidences"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert [r["response"] for r in rows] != [r["response"] for r in answer(model, encoder, items, max_new_tokens=9)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_confidences_are_the_model_s_whatever_chose_the_token(share, talker, tiny):
+    "Neither a setting of the model's own, nor a temperature, nor a nucleus changes how sure the model was."
+    model, encoder = talker
+    items = questions(tiny)[:3]
+    model.generation_config.update(repetition_penalty=1.7, suppress_tokens=[5, 9])
+    rows = answer(model, encoder, items, "wrap", samples=2, temperature=3.0, top_p=.8, max_new_tokens=6, share_images=share)
+    assert [r["sample"] for r in rows] == [0, 1] * 3 and rows[0]["decoding"]["model_settings"]["repetition_penalty"] == 1.7
+    assert len({r["response"] for r in rows}) == 6
+    for row, item in zip(rows, [i for i in items for _ in range(2)]):
+        assert row["confidences"] == pytest.approx(probabilities(model, encoder, item, ids_of(encoder, row)), rel=1e-3, abs=1e-5)
+
+
+def test_beams_have_confidences_and_first_words_too(talker, tiny):
+    model, encoder = talker
+    item = questions(tiny)[0]
+    model.generation_config.update(num_beams=3)
+    plain, forced = (answer(model, encoder, [item], words, max_new_tokens=7)[0] for words in ("", "wrap it"))
+    assert plain["response"] == encoder.processor.tokenizer.decode(by_transformers(model, encoder, item, 7), skip_special_tokens=True).strip()
+    assert forced["response"].startswith("wrap it") and "beam search" in forced["decoding"]["one_by_one"]
+    for row in (plain, forced):
+        assert row["confidences"] == pytest.approx(probabilities(model, encoder, item, ids_of(encoder, row)), rel=1e-3, abs=1e-5)
+
+
+def test_a_file_and_memory_hold_the_same_answers(tiny, tmp_path):
+    model, processor = load_model(tiny.model, "cpu")
+    items = [*load_sets(tiny.data, "val").forget]
+    written = read_rows(generate(tiny.model, tiny.data, tmp_path / "r.jsonl", splits=["val"], samples=2, temperature=1.0, seed=3, progress=False))
+    rows = answer(model, Encoder(processor), items, samples=2, temperature=1.0, max_new_tokens=6, seed=3, method="base")
+    same = [r for r in written if r["set"] == "forget"]
+    drop = lambda r, *names: {k: v for k, v in r.items() if k not in names}
+    assert [drop(r, "tokens", "confidences") | {"seed": 0} for r in rows] == [drop(r, "run") for r in same]
+
+
+def test_judges_read_what_is_in_memory(talker, tiny, tmp_path):
+    from safeeraser.judge import judge_rows
+    from safeeraser.rows import write_rows
+    model, encoder = talker
+    rows = answer(model, encoder, questions(tiny)[:3], "sorry i can not help with that", max_new_tokens=12)
+    judged = judge_rows(rows, "rule")
+    assert [r["verdicts"]["rule"]["refusal"]["value"] for r in judged] == [True] * 3
+    write_rows(tmp_path / "r.jsonl", judged)
+    assert read_rows(tmp_path / "r.jsonl") == judged
+
+
+def test_a_model_is_left_as_it_was(talker, tiny):
+    from safeeraser.packed import attention_of
+    model, encoder = talker
+    model.set_attn_implementation("eager")
+    model.train()
+    answer(model, encoder, questions(tiny)[:2], max_new_tokens=3, share_images=True)
+    assert model.training and attention_of(model) == "eager"
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    assert answer(model, encoder, []) == []
+
+
+@pytest.mark.parametrize("more, said", [(dict(first_words="wrap it", max_new_tokens=2), "first_words: 2 tokens; max_new_tokens=2 leaves none"),
+                                        (dict(first_words="so </s>"), "signal to the model"), (dict(samples=2), "set temperature > 0"),
+                                        (dict(temperature=-1.0), "temperature=-1.0"), (dict(batch_size=0), "batch_size=0")])
+def test_what_cannot_be_asked_is_one_sentence(more, said, talker, tiny):
+    with pytest.raises(SafeEraserError, match=re.escape(said)): answer(*talker, questions(tiny)[:1], **more)

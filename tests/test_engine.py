@@ -4,7 +4,7 @@ import torch
 
 from safeeraser.core import SafeEraserError
 from safeeraser.data import load_sets
-from safeeraser.engine import Answers, Engine, Prefix, check_engine
+from safeeraser.engine import AnswerCache, batches_within, check_engine, Engine, PrefixCache
 from safeeraser.generate import RowSampler, answer_batch, generate
 from safeeraser.packed import attention_of
 from safeeraser.packing import Packer
@@ -50,7 +50,7 @@ def test_greedy_answers_are_generate_s(sharp, tiny):
     assert Engine(*sharp, tokens_at_once=1).answer(items, 10) == expected      # an image at a time
     assert [Engine(*sharp).answer([i], 10)[0] for i in items] == expected      # a question at a time
     rows = Packer(sharp[1]).pack_prompts(items)
-    batches = lambda n: [len(b) for b in Engine(*sharp, tokens_at_once=n)._batches(rows, 10)]
+    batches = lambda n: [len(b) for b in batches_within(sharp[0], rows, 10, n)]
     assert batches(1) == [1] * len(rows) and batches(2**20) == [len(rows)] and 1 < len(batches(400)) < len(rows)
 
 
@@ -100,10 +100,10 @@ def test_grouped_query_heads_and_padding():
     g, scale = torch.Generator().manual_seed(0), .4
     prefixes, n, heads, kv_heads, d, t = [], 3, 4, 2, 8, 5
     for size in (6, 9):
-        prefixes.append(Prefix())
+        prefixes.append(PrefixCache())
         prefixes[-1].layers[0] = tuple(torch.randn(1, kv_heads, size, d, generator=g) for _ in range(2))
     first, owner = torch.tensor([0, 2, 1]), [0, 0, 1]
-    state = Answers(prefixes, owner, first)
+    state = AnswerCache(prefixes, owner, first)
     q, k, v = (torch.randn(n, h, t + 1, d, generator=g) for h in (heads, kv_heads, kv_heads))
     found = state.attend(0, q[:, :, :t], k[:, :, :t], v[:, :, :t], scale)
     state.column += t

@@ -473,18 +473,18 @@ def many(pictures, n=6): return [Asked(pictures / f"{1 + k % 2}.png", f"what {k}
 
 
 def test_an_interrupted_run_goes_on_unless_an_image_was_replaced(tiny, pictures, monkeypatch):
-    from safeeraser.generate import Asker
-    asked, ask = [], Asker.ask
+    from safeeraser.generate import LocalModel
+    asked, ask = [], LocalModel.ask
     def once(self, batch):
         if asked: raise KeyboardInterrupt
         asked.extend(batch)
         return ask(self, batch)
     undisturbed = pictures / "undisturbed" / "dataset"
     make_answers(tiny.model, many(pictures), undisturbed, batch_size=2, **ASK)
-    monkeypatch.setattr(Asker, "ask", once)
+    monkeypatch.setattr(LocalModel, "ask", once)
     with pytest.raises(KeyboardInterrupt): make_answers(tiny.model, many(pictures), pictures / "dataset", batch_size=2, **ASK)
     assert not (pictures / "dataset").exists()
-    monkeypatch.setattr(Asker, "ask", lambda self, batch: asked.extend(batch) or ask(self, batch))
+    monkeypatch.setattr(LocalModel, "ask", lambda self, batch: asked.extend(batch) or ask(self, batch))
     kept = (pictures / "1.png").read_bytes()
     Image.new("RGB", (8, 8), "blue").save(pictures / "1.png")
     with pytest.raises(SafeEraserError, match="begun with other"): make_answers(tiny.model, many(pictures), pictures / "dataset", batch_size=2, **ASK)
@@ -495,8 +495,8 @@ def test_an_interrupted_run_goes_on_unless_an_image_was_replaced(tiny, pictures,
 
 
 def test_empty_answers_are_left_out_and_counted(tiny, pictures, monkeypatch):
-    from safeeraser.generate import Asker
-    monkeypatch.setattr(Asker, "ask", lambda self, batch: [{"response": "" if r.item.question in ("what 0 ?", "what 1 ?", "what 5 ?") else "so"} for r in batch])
+    from safeeraser.generate import LocalModel
+    monkeypatch.setattr(LocalModel, "ask", lambda self, batch: [{"response": "" if r.item.question in ("what 0 ?", "what 1 ?", "what 5 ?") else "so"} for r in batch])
     assert make_answers(tiny.model, many(pictures), pictures / "dataset", **ASK) == (2, 3)
     assert {(i.set, i.question) for i in load_sets(pictures / "dataset")} == {("forget", "what 2 ?"), ("retain", "what 3 ?"), ("forget", "what 4 ?")}
 
