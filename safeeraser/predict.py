@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .core import SafeEraserError
 from .slots import KINDS
 from .model import anatomy, vanilla
-from .loss import Needs, Objective, Perturbation, Tokens
+from .loss import Objective, Perturbation, Tokens
 from .packed import packed_log_probs, unwrapped
 from .cache import ReferenceCache
 
