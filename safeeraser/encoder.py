@@ -188,7 +188,7 @@ def _going_on(x: torch.Tensor, lengths: list[int], answers: list[torch.Tensor]) 
 
 # %% ../nbs/14_encoder.ipynb #cell080
 _FIELDS = {"forget": "model_response", "refusal": "idk of prompt.json", "retain": "Prediction",
-           "decouple": "sd_response"}  # where each kind of row has its answer from
+           "decouple": "sd_response", "extra": "answer"}  # where each kind of row has its answer from
 
 
 @contextmanager
@@ -300,7 +300,8 @@ def _refusal_rows(dataset: SlotDataset, encoder: Encoder) -> list[Row]:
 def rows_that_occur(dataset: SlotDataset, encoder: Encoder) -> Iterator[Row]:
     "All rows of an epoch, whatever refusals will be drawn: every refusal once, and the longest about each item."
     made = _refusal_rows(dataset, encoder)
-    made += [Row(kind, i, i.answer) for kind in ("forget", "retain", "decouple") for i in getattr(dataset.sets, kind)]
+    made += [Row(kind, i, i.answer) for kind in ("forget", "retain", "decouple", "extra")
+             for i in getattr(dataset.sets, kind)]
     yield from (r for r in made if r.kind in dataset.kinds)
 
 # %% ../nbs/14_encoder.ipynb #88f4ed1e
@@ -325,7 +326,7 @@ def count_items(rows: list[Row]) -> torch.Tensor:
 # %% ../nbs/14_encoder.ipynb #cell091
 @dataclass
 class Collator:
-    "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [5] to tell the rows apart."
+    "Slots' rows to one batch: model inputs, `labels`, and `kind` [R], `item` [R], `n_items` [5]."
     encoder: Encoder
 
     def __call__(self, slots: list[list[Row]]) -> dict:

@@ -149,7 +149,8 @@ FORGET = {"ga": Term(ascend, ("forget",)),
           "undial": Term(undial, ("forget",), Needs(reference=True, distribution=True))}
 RETAIN = {"ce": Term(descend, ("retain",)),
           "kl": Term(kl, ("retain",), Needs(reference=True, distribution=True))}
-DECOUPLE = {"pd": Term(descend, ("decouple",))}
+DECOUPLE = {"pd": Term(descend, ("decouple",)),
+            "extra": Term(descend, ("extra",))}
 
 # %% ../nbs/30_loss.ipynb #ac235bb1
 @dataclass(frozen=True, repr=False)

@@ -39,7 +39,7 @@ from .encoder import check_rows_fit, Collator, Encoder
 from .records import data_digest, git_state, read_run, write_card
 from .model import (
     add_adapter, fold_projector, load_model, model_fingerprint, not_finite, same_weights, train_whole)
-from .loss import FORGET, item_mean, Objective, parse_objective, Tokens
+from .loss import FORGET, Objective, parse_objective, Tokens
 from .packing import CannotPack, Packer
 from .packed import check_packing, PackedCollator, Verdict
 from .cache import ReferenceCache, VisionCache
@@ -138,7 +138,7 @@ def forget_share(tokens: Mapping[str, Tokens],
     "What these tokens add to the mean cross-entropy of the step's forget answers, in nats; 0 without such rows."
     if "forget" not in tokens: return torch.zeros((), device=counts.device)
     t = tokens["forget"]
-    return item_mean(-t.logp.detach(), t.item, t.n).sum() / counts[KINDS.index("forget")]
+    return t.mean(-t.logp.detach()).sum() / counts[KINDS.index("forget")]
 
 # %% ../nbs/37_trainer.ipynb #ed7de60a
 class Tally:
@@ -377,7 +377,7 @@ def pass_loss(self: UnlearnTrainer, model, batch: dict,
               ) -> PassLoss:
     "The objective on one pass, divided by the step's counts."
     counts = batch["n_items"] if counts is None else counts
-    tokens = batch_tokens(model, batch, self.objective, self.packing.route, self.reference)
+    tokens = batch_tokens(model, batch, self.objective, self.packing.route, self.reference, self.state.global_step)
     loss, shares = self.objective(tokens, dict(zip(KINDS, counts.tolist())))
     return PassLoss(loss, shares, forget_share(tokens, counts))
 
