@@ -25,17 +25,37 @@ def test_a_tutorial_under_a_kernel(tmp_path):
 def test_there_are_tutorials(): assert TUTORIALS
 
 
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb")
+KEPT = {"image/png", "text/html", "text/plain"}
+
+
 def committed(notebook):
     "The outputs a notebook carries, and all their text."
     outputs = [o for c in json.loads(notebook.read_text())["cells"] for o in c.get("outputs", [])]
-    return outputs, "".join(json.dumps(o["data"].get(k, "")) for o in outputs for k in ("text/html", "text/plain") if "data" in o)
+    texts = [o["text"] for o in outputs if "text" in o] + [o["data"].get(k, "") for o in outputs if "data" in o for k in ("text/html", "text/plain")]
+    return outputs, "".join(map(json.dumps, texts))
 
 
-@pytest.mark.parametrize("notebook", TUTORIALS, ids=lambda p: p.name)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
 def test_committed_outputs_say_the_same_on_every_machine(notebook):
     outputs, text = committed(notebook)
-    assert {o["output_type"] for o in outputs} <= {"display_data"} and {k for o in outputs for k in o["data"]} <= {"image/png", "text/html", "text/plain"}
+    assert {o["output_type"] for o in outputs} <= {"display_data", "stream"} and {k for o in outputs for k in o.get("data", {})} <= KEPT
     for local in ("/tmp", "/home", "/root", " at 0x", "seconds", "<progress"): assert local not in text
+
+
+def exported(cell) -> bool: return cell["cell_type"] == "code" and "".join(cell["source"]).startswith("#| export")
+
+
+def test_notebooks_are_made_of_small_pieces_that_show_something():
+    "What CONTRIBUTING.md asks for."
+    for notebook in NOTEBOOKS:
+        cells = json.loads(notebook.read_text())["cells"]
+        for code in ("".join(c["source"]) for c in cells if exported(c)):
+            assert len(code) <= 2000, (notebook.name, code[:80])
+            assert max(map(len, code.splitlines())) <= 140, (notebook.name, max(code.splitlines(), key=len))
+        shown = [bool(c["outputs"]) for c in cells if c["cell_type"] == "code" and not "".join(c["source"]).startswith(("#| hide", "#| export", "#| default_exp"))]
+        if notebook.parent.name == "nbs": assert sum(shown) >= len(shown) / 4, notebook.name
+    assert sum(p.stat().st_size for p in NOTEBOOKS) < 6e6
 
 
 def test_hazards_are_folded_in_committed_outputs():
