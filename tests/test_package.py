@@ -93,3 +93,13 @@ def test_contributing_fits_on_a_screen_and_names_files_that_there_are():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = re.findall(r"`((?:nbs|tests|scripts|\.github)/[\w/.]+)`", text)
     assert len(named) > 5 and all((ROOT / name).is_file() for name in named) and len(text.splitlines()) <= 40
+
+
+def test_a_chapter_uses_only_what_stands_before_it():
+    "No module imports one of a later notebook, at its top or inside a function."
+    exported = [(nb, json.loads(nb.read_text())["cells"]) for nb in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+    module = lambda cells: "".join(cells[0]["source"]).split()[-1]
+    order = [module(cells) for _, cells in exported]
+    for n, name in enumerate(order):
+        imported = re.findall(r"^\s*from (?:safeeraser)?\.(\w+) import", (ROOT / "safeeraser" / f"{name}.py").read_text(), re.M)
+        assert {m for m in imported if m in order} <= set(order[:n]), name
