@@ -1138,6 +1138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'safeeraser.speed._lever_bar': ('speed.html#_lever_bar', 'safeeraser/speed.py'),
                                   'safeeraser.speed._lever_name': ('speed.html#_lever_name', 'safeeraser/speed.py'),
                                   'safeeraser.speed._limit_marks': ('speed.html#_limit_marks', 'safeeraser/speed.py'),
+                                  'safeeraser.speed._pulled': ('speed.html#_pulled', 'safeeraser/speed.py'),
                                   'safeeraser.speed._ratio_bar': ('speed.html#_ratio_bar', 'safeeraser/speed.py'),
                                   'safeeraser.speed._speed_title': ('speed.html#_speed_title', 'safeeraser/speed.py'),
                                   'safeeraser.speed.growth_figure': ('speed.html#growth_figure', 'safeeraser/speed.py'),

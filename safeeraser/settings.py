@@ -48,7 +48,7 @@ class TuningSettings:
 class RowSettings:
     "How rows are laid out, and what a step is made of."
     packing: str = _said("auto", "auto: share image prefixes where a check finds it exact; "
-                                 "split, flex, dense: by this route; off: a row a question")
+                                 "split or dense: by this route; off: a row a question")
     pack_row_tokens: int = _said(3072, "tokens of a packed row; an image whose rows are longer together is encoded more than once")
     group_images: bool | None = _said(None, "all questions about an image in one step, so that they can share it; "
                                             "default: where the image is most of a row")

@@ -77,6 +77,14 @@ def growth_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
 def _lever_name(lever: str) -> str: return lever if lever == "published" else f"+ {lever}"
 
 
+def _pulled(levers: list[dict]) -> list[str]:
+    "Levers' names in the order in which they are pulled; one that only some methods have stands where theirs has it."
+    methods = {}
+    for r in levers: methods.setdefault(r["method"], []).append(_lever_name(r["lever"]))
+    longest = max(methods.values(), key=len)
+    return longest + [name for names in methods.values() for name in names if name not in longest]
+
+
 def _lever_bar(rows: list[dict], values: list[float]) -> go.Bar:
     "A method's bars in one panel, the first lever on top."
     method = rows[0]["method"]
@@ -99,4 +107,5 @@ def levers_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
     left = ", ".join(f"{method_name(m)} is left with {100 / rows[-1]['ratio']:.0f}%" for m, rows in of.items())
     below = ("Each bar has all changes above it too. Answers of 100 tokens on average. "
              "Memory: the whole process's, above what its imports take.")
+    fig.update_yaxes(categoryorder="array", categoryarray=_pulled(bench["levers"])[::-1])
     return framed(fig, f"Sharing images takes most of the time away: {left}", below=below, barmode="group")

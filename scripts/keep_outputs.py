@@ -17,7 +17,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KINDS = "image/png", "text/html", "text/plain"   # the first that an output has is kept
-LOCAL = re.compile(r"/tmp|/home|/root| at 0x|\bseconds?\b|\d s\b|\bs/it|<progress|it/s")  # differs from run to run
+FOLDER = re.compile(r"/tmp/tmp\w+/?")            # a notebook's own: what stands below it is the same everywhere
+LOCAL = re.compile(r"/tmp|/home|/root| at 0x|\d seconds?\b|\d s\b|['\"]seconds['\"]|s/it|<progress|it/s")  # differs from run to run
 LONG = 6_000                                     # characters of a text beyond which nobody reads
 
 
@@ -31,8 +32,9 @@ def small(png: str) -> str:
 
 def printed(output) -> list:
     "What a cell printed, where it is the same on every machine."
-    if output.name != "stdout" or LOCAL.search(output.text) or len(output.text) > LONG: return []
-    return [nbformat.v4.new_output("stream", name="stdout", text=output.text)]
+    text = FOLDER.sub("", output.get("text", ""))
+    if output.name != "stdout" or LOCAL.search(text) or len(text) > LONG: return []
+    return [nbformat.v4.new_output("stream", name="stdout", text=text)]
 
 
 def shown(output) -> list:
@@ -41,8 +43,9 @@ def shown(output) -> list:
     kind = next((k for k in KINDS if k in data), None)
     if kind is None or WIDGET in data or (kind, output.output_type) == ("text/html", "display_data"): return []
     if kind == "image/png": return [nbformat.v4.new_output("display_data", {kind: small(data[kind])})]
-    if LOCAL.search(data[kind]) or kind == "text/plain" and len(data[kind]) > LONG: return []
-    return [nbformat.v4.new_output("display_data", {kind: data[kind]})]
+    text = FOLDER.sub("", data[kind])
+    if LOCAL.search(text) or kind == "text/plain" and len(text) > LONG: return []
+    return [nbformat.v4.new_output("display_data", {kind: text})]
 
 
 def kept(cell) -> list:
