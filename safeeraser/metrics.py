@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from fastcore.basics import groupby
 
 from .core import SafeEraserError
 from .rows import answer_of
@@ -191,9 +192,7 @@ def result_row(rows: list[dict],              # judged rows of one method and se
 # %% ../nbs/60_metrics.ipynb #cell029
 def split_runs(rows: list[dict]) -> dict[tuple, list[dict]]:
     "Rows by (method, seed), in order of appearance."
-    runs = {}
-    for r in rows: runs.setdefault((r["method"], r["seed"]), []).append(r)
-    return runs
+    return groupby(rows, lambda r: (r["method"], r["seed"]))
 
 # %% ../nbs/60_metrics.ipynb #fa91826e
 def spread(results: list[dict], method: str, name: str) -> tuple[float, float, float] | None:

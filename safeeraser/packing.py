@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from fastcore.basics import groupby
 from torch.nn.functional import pad
 
 from .core import SafeEraserError
@@ -121,13 +122,6 @@ def _inputs(encoder: Encoder, row: _Segmented) -> _Inputs:
     return _Inputs(ids, {k: v for k, v in inputs.items() if k not in per_token}, per_token)
 
 # %% ../nbs/31_packing.ipynb #f2944164
-def _grouped(rows: list, key) -> list[list]:
-    "Rows with the same key together, in order of first appearance."
-    groups = {}
-    for row in rows: groups.setdefault(key(row), []).append(row)
-    return list(groups.values())
-
-
 def _by_processor(encoder: Encoder, same: list[_Segmented]) -> tuple[list[_Segmented], list[int], _Inputs]:
     "Rows with one question, behind the tokens that the processor makes of it."
     inputs = _inputs(encoder, same[0])
@@ -139,11 +133,11 @@ def _headed(encoder: Encoder,
             ) -> Iterator[tuple[list[_Segmented], list[int], _Inputs]]:
     "Lots that share the image: the rows, the tokens in front of their tails, and the image's inputs."
     question = lambda s: s.row.item.question
-    for lot in _grouped(group, lambda s: _in_front(encoder, s) or question(s)):
+    for lot in groupby(group, lambda s: _in_front(encoder, s) or question(s)).values():
         inputs = _inputs(encoder, lot[0])
         n = len(inputs.ids) - len(lot[0].asked)
         if inputs.ids[n:] == lot[0].asked: yield lot, inputs.ids[:n], inputs
-        else: yield from (_by_processor(encoder, same) for same in _grouped(lot, question))
+        else: yield from (_by_processor(encoder, same) for same in groupby(lot, question).values())
 
 # %% ../nbs/31_packing.ipynb #cell022
 def _units(group: list[_Segmented]) -> list[list[_Segmented]]:
@@ -220,7 +214,7 @@ class Packer:
 
 # %% ../nbs/31_packing.ipynb #74dd005a
 def _by_image(encoder: Encoder, made: list[_Segmented], row_tokens: int) -> list[PackedRow]:
-    groups = _grouped(made, lambda s: s.row.item.image)
+    groups = groupby(made, lambda s: s.row.item.image).values()
     lots = (lot for group in groups for lot in _headed(encoder, group))
     return [packed for lot in lots for packed in _laid_out(encoder, *lot, row_tokens)]
 

@@ -10,12 +10,13 @@ __all__ = ['TERM_NAMES', 'OUTCOMES', 'BREAKDOWNS', 'method_colour', 'term_colour
 # %% ../nbs/72_plot.ipynb #05b39a1b
 import html
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 
 import plotly.graph_objects as go
+from fastcore.basics import groupby
 from plotly.io import templates
 from plotly.subplots import make_subplots
 
@@ -310,17 +311,10 @@ def outcome_shares(rows: list[dict],      # judged responses
     found = Counter(outcome(r, judge) for r in rows)
     return {o: found[o] / found.total() for o in OUTCOMES} if found else {}
 
-# %% ../nbs/72_plot.ipynb #4886a1a3
-def _grouped(rows: Iterable[dict], key: Callable) -> dict:
-    "Rows by what `key` says of them, in order of appearance."
-    groups = {}
-    for r in rows: groups.setdefault(key(r), []).append(r)
-    return groups
-
 # %% ../nbs/72_plot.ipynb #b3fd091d
 def _shares_by_method(rows: list[dict], split: str, judge: str) -> dict[str, dict[str, float]]:
     "The outcomes of each method's responses about safe images of a split."
-    by = _grouped((r for r in rows if (r["set"], r["split"]) == ("decouple", split)), lambda r: r["method"])
+    by = groupby((r for r in rows if (r["set"], r["split"]) == ("decouple", split)), lambda r: r["method"])
     return {m: outcome_shares(by[m], judge) for m in in_order(by)}
 
 # %% ../nbs/72_plot.ipynb #06594eb9
@@ -396,7 +390,7 @@ def breakdown(rows: list[dict],      # judged responses of several methods
     "A `Rate` for each method and group that has scored responses: {method: {group: rate}}."
     m, group_of = MEASURES[name], BREAKDOWNS[_by(rows, by)]
     asked = (r for r in rows if (r["set"], r["split"]) == (m.set, m.split))
-    groups = _grouped(asked, lambda r: (r["method"], group_of(r)))
+    groups = groupby(asked, lambda r: (r["method"], group_of(r)))
     rates = {key: measure(groups[key], name, judge) for key in sorted(groups)}
     return {method: {group: rate for (of, group), rate in rates.items() if of == method and rate.n}
             for method in in_order(method for method, _ in groups)}

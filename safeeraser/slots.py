@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from fastcore.basics import groupby
 from torch.utils.data import Dataset, Sampler
 
 from .data import Item, Sets
@@ -52,9 +53,7 @@ def decks(forget: list, retain: list,   # one entry an item: which image it is a
 
 def _by_image(images: list) -> dict:
     "Indices of the items about each image, in the order in which images come first."
-    found = {}
-    for i, image in enumerate(images): found.setdefault(image, []).append(i)
-    return found
+    return groupby(range(len(images)), images.__getitem__)
 
 # %% ../nbs/11_slots.ipynb #e7b202f6
 def epoch_plan(forget: list,       # one entry a forget item: which image it is about

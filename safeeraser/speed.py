@@ -7,6 +7,7 @@ __all__ = ['speed_figure', 'growth_figure', 'levers_figure']
 
 # %% ../nbs/73_speed.ipynb #bbfd2c47
 import plotly.graph_objects as go
+from fastcore.basics import groupby
 from plotly.subplots import make_subplots
 
 from .tables import method_name
@@ -77,12 +78,10 @@ def growth_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
 def _lever_name(lever: str) -> str: return lever if lever == "published" else f"+ {lever}"
 
 
-def _pulled(levers: list[dict]) -> list[str]:
+def _pulled(of: dict[str, list[dict]]) -> list[str]:  # each method's levers
     "Levers' names in the order in which they are pulled; one that only some methods have stands where theirs has it."
-    methods = {}
-    for r in levers: methods.setdefault(r["method"], []).append(_lever_name(r["lever"]))
-    longest = max(methods.values(), key=len)
-    return longest + [name for names in methods.values() for name in names if name not in longest]
+    names = [[_lever_name(r["lever"]) for r in rows] for rows in of.values()]
+    return list(dict.fromkeys(name for each in sorted(names, key=len, reverse=True) for name in each))
 
 
 def _lever_bar(rows: list[dict], values: list[float]) -> go.Bar:
@@ -96,8 +95,7 @@ def _lever_bar(rows: list[dict], values: list[float]) -> go.Bar:
 def levers_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
                   ) -> go.Figure:
     "Time and memory of a training step as one lever after another is pulled, relative to the published loop."
-    of = {}
-    for r in bench["levers"]: of.setdefault(r["method"], []).append(r)
+    of = groupby(bench["levers"], lambda r: r["method"])
     fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=.04,
                         subplot_titles=["time, % of the published loop", "peak memory, %"])
     for rows in of.values():
@@ -107,5 +105,5 @@ def levers_figure(bench: dict  # the object of `benchmarks/results/cpu.json`
     left = ", ".join(f"{method_name(m)} is left with {100 / rows[-1]['ratio']:.0f}%" for m, rows in of.items())
     below = ("Each bar has all changes above it too. Answers of 100 tokens on average. "
              "Memory: the whole process's, above what its imports take.")
-    fig.update_yaxes(categoryorder="array", categoryarray=_pulled(bench["levers"])[::-1])
+    fig.update_yaxes(categoryorder="array", categoryarray=_pulled(of)[::-1])
     return framed(fig, f"Sharing images takes most of the time away: {left}", below=below, barmode="group")
