@@ -158,21 +158,16 @@ def _demo_settings(rows: list[dict], seeds: list[int], methods: list[str], judge
 # %% ../nbs/90_cli.ipynb #cell027
 def _write_results(out: Path, lines: list[dict], judged: list[Path], seeds: list[int], methods: list[str],
                    judge: str) -> dict:
-    from safeeraser.core import environment, write_whole
+    from safeeraser.core import environment, write_json, write_whole
     from safeeraser.rows import read_rows, ROW_KEYS, write_rows
     from safeeraser.report import load_sources, make_results
     from safeeraser.page import report_page
     rows = [r for file in judged for r in read_rows(file)]
     results = make_results(lines, _demo_settings(rows, seeds, methods, judge), environment())
     write_rows(out/"responses.jsonl", [{k: r[k] for k in ROW_KEYS} for r in rows])
-    _write_json(out/"results.json", results)
+    write_json(out/"results.json", results)
     write_whole(out/"report.html", report_page(results, load_sources(out), judge))
     return results
-
-# %% ../nbs/90_cli.ipynb #318aff6d
-def _write_json(path: Path, value):
-    from safeeraser.core import write_whole
-    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 # %% ../nbs/90_cli.ipynb #185e10d2
 def _look_alikes(nearest: dict) -> str:
@@ -631,14 +626,14 @@ def report(paths: _Paths,
     "Print the paper's table, each method without and with prompt decoupling, and write a self-contained report.html."
     from safeeraser.published import official_text, published_rows, to_csv, to_markdown
     from safeeraser.report import report as counted
-    from safeeraser.core import write_whole
+    from safeeraser.core import write_json, write_whole
     from safeeraser.page import report_page
     page = page or (paths[0] if paths[0].is_dir() else paths[0].parent)/"report.html"
     with _outputs({"--page": page, "--out": out, "--csv": csv, "--markdown": markdown}, paths):
         seen = counted(*paths, judge=judge)
         results = seen | {"rows": seen["rows"] + (published_rows() if published else [])}
         _update_cards(seen)
-        if out: _write_json(out, results)
+        if out: write_json(out, results)
         if csv: write_whole(csv, to_csv(results))
         if markdown: write_whole(markdown, to_markdown(results))
         write_whole(page, report_page(results, seen.sources, seen.judge))

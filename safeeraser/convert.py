@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from .core import (
-    only_here, parse_json, Place, read_json, read_text, SafeEraserError, well_formed, write_whole)
+    only_here, parse_json, Place, read_json, read_text, SafeEraserError, well_formed, write_json, write_whole)
 from .data import (
     CATEGORIES, HARMLESS_KEYS, HarmlessPair, load_image, load_records, read_json_records, Record, resolve_image,
     to_json, UnsafePair)
@@ -274,7 +274,7 @@ def _deliver(records: list[Record], folder: Path, out: Path, split: str,
     text = json.dumps([to_json(r) for r in records], indent=1, ensure_ascii=False) + "\n"
     files = {} if (out/"prompt.json").exists() else {"prompt.json": {"idk": OWN_REFUSALS}}
     if made: files[f"made_{split}.json"] = made | {"content": _content(well_formed(text), records, out)}
-    for name, value in files.items(): write_whole(out/name, json.dumps(value, indent=1) + "\n")
+    for name, value in files.items(): write_json(out/name, value)
     write_whole(out/f"all_{split}.json", text)
 
 # %% ../nbs/45_convert.ipynb #68b2c4ea

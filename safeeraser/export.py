@@ -6,7 +6,7 @@
 __all__ = ['vanilla_of', 'merge', 'read_tensors', 'bare_name', 'import_checkpoint']
 
 # %% ../nbs/38_export.ipynb #d8572511
-import json, math, pickle, re, warnings
+import math, pickle, re, warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 
-from .core import new_folder, SafeEraserError, told, write_whole
+from .core import new_folder, SafeEraserError, told, write_json
 from .encoder import Encoder
 from .records import files_digest, read_record, read_run
 from .model import adapter_file, add_adapter, load_adapter, load_model, merge_adapter, model_fingerprint
@@ -54,7 +54,7 @@ def merge(run: str | Path,           # a run folder, or any PEFT folder
     with new_folder(out) as folder:
         save_model(plain, folder, vanilla, made)
         written = made | {"change_by_merging": change, "content": files_digest(folder)}
-        write_whole(folder/"safeeraser.json", json.dumps(written, indent=1) + "\n")
+        write_json(folder/"safeeraser.json", written)
     return change
 
 # %% ../nbs/38_export.ipynb #d7053190
@@ -170,5 +170,5 @@ def _import(tensors: dict, rank: int, file: Path, model: str | Path, out: Path, 
               "model_fingerprint": fingerprint, "imported_from": file.name, "finished": True, "seed": 233}
     with new_folder(out) as folder:
         adapted.save_pretrained(folder)
-        write_whole(folder/"run.json", json.dumps(record, indent=1) + "\n")
+        write_json(folder/"run.json", record)
     return out

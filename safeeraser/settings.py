@@ -8,7 +8,7 @@ __all__ = ['KNOWN', 'OWN', 'ALLOWED', 'REFUSED', 'PRESETS', 'CONFIG_KEYS', 'Tuni
            'configuration']
 
 # %% ../nbs/35_settings.ipynb #c1b6e212
-import difflib, os, re
+import os, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from typing_extensions import TypedDict
 
-from .core import check_form, read_text, SafeEraserError, told
+from .core import check_form, did_you_mean, read_text, SafeEraserError, told
 from .data import NonEmpty
 from .packed import ROUTES
 
@@ -231,8 +231,7 @@ def check_settings(settings: dict):
 # %% ../nbs/35_settings.ipynb #407e2102
 def _check_name(name: str, value):
     if name not in KNOWN:
-        near = difflib.get_close_matches(str(name), KNOWN, 1)
-        raise SafeEraserError(f"unknown setting {name!r}{f', did you mean {near[0]}?' if near else ''}")
+        raise SafeEraserError(f"unknown setting {name!r}{did_you_mean(name, KNOWN)}")
     if name in _REASONS and value != KNOWN[name]:
         raise SafeEraserError(f"setting {name}={value!r} can't act here: {_REASONS[name]}")
     if name not in _REASONS and name not in _TAKEN:
@@ -294,8 +293,7 @@ def preset(name: str,
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f", did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
+    return did_you_mean(name, known) or f"; there are: {', '.join(known)}"
 
 # %% ../nbs/35_settings.ipynb #cell010
 class Config(TypedDict, total=False):

@@ -8,7 +8,7 @@ __all__ = ['BENCHMARKS', 'Whole', 'CountsForm', 'ResultsForm', 'SampleForm', 'RE
            'specificity_row', 'specificity_text']
 
 # %% ../nbs/61_specificity.ipynb #c253263a
-import json, os, re, subprocess
+import os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from .core import lines_of, only_here, parse_json, Place, read_json, read_text, SafeEraserError, write_whole
+from .core import (
+    lines_of, only_here, parse_json, Place, read_json, read_text, SafeEraserError, write_json)
 from .rows import SCHEMA_VERSION
 from .records import read_record
 
@@ -182,7 +183,7 @@ def specificity(model: str | Path,          # a merged model's folder
     out.mkdir(parents=True, exist_ok=True)
     with only_here(out): file = _evaluate(lmms_command(model, tasks, out, python, **kwargs), out)
     found = {"schema_version": SCHEMA_VERSION, "model": str(model), "by": "lmms-eval", "tasks": read_lmms(file)}
-    write_whole(run/"specificity.json", json.dumps(found, indent=1) + "\n")
+    write_json(run/"specificity.json", found)
     return found
 
 # %% ../nbs/61_specificity.ipynb #cell026

@@ -6,10 +6,10 @@
 __all__ = ['DEV', 'dev_score', 'combinations', 'check_sweep', 'sweep', 'sweep_text']
 
 # %% ../nbs/63_sweep.ipynb #72147e3e
-import itertools, json
+import itertools
 from pathlib import Path
 
-from .core import progress_bar, SafeEraserError, write_whole
+from .core import progress_bar, SafeEraserError, write_json
 from .rows import Judge, read_rows
 from .loss import parse_objective
 from .settings import make_config
@@ -94,7 +94,7 @@ def sweep(model: str | Path, data: str | Path, out: str | Path, method: str,
         runs.append({"settings": chosen, "folder": folder.name} | scores)
     found = {"selected_on": DEV, "method": method, "judge": judge.name, "seed": seed,
              "runs": runs, "best": _best(runs)}
-    write_whole(out/"sweep.json", json.dumps(found, indent=1) + "\n")
+    write_json(out/"sweep.json", found)
     return found
 
 # %% ../nbs/63_sweep.ipynb #215e9429

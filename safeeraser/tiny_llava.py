@@ -21,11 +21,12 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import TypedDict
 
 from .core import (
-    cpu_threads, new_folder, only_here, progress_bar, quiet_bars, read_json, SafeEraserError, told, write_whole)
+    cpu_threads, new_folder, only_here, progress_bar, quiet_bars, read_json, SafeEraserError, told,
+    write_json, write_whole)
 from .templates import ChatTemplate, tokens_of, word_processor
 from .pictures import COLOURS, draw, FAMILIES, GROUNDS, HAZARDS, Look, PLACES, random_look, SIZE
 from safeeraser.world import (
-    _write_json, FACTS, HARMLESS, INSTRUCTIONS, PRIVATE, RECIPES, REFUSALS, SPLIT_SIZES, vocabulary, World,
+    FACTS, HARMLESS, INSTRUCTIONS, PRIVATE, RECIPES, REFUSALS, SPLIT_SIZES, vocabulary, World,
     write_dataset)
 
 # %% ../nbs/19_tiny_llava.ipynb #cell043
@@ -238,7 +239,7 @@ def cached_folder(name: str,
 def _fill(folder: Path, make):
     with new_folder(folder) as tmp:
         make(tmp)
-        _write_json(tmp/"sizes.json", {p.name: p.stat().st_size for p in tmp.iterdir()})
+        write_json(tmp/"sizes.json", {p.name: p.stat().st_size for p in tmp.iterdir()})
 
 # %% ../nbs/19_tiny_llava.ipynb #cell062
 def _is_whole(folder: Path) -> bool:
@@ -257,7 +258,7 @@ def _tower_folder(cfg: BaseConfig, progress: bool) -> Path:
         start = time.perf_counter()
         train_tower(model, *render_pool(cfg, processor), cfg, progress)
         save_file(model.model.vision_tower.state_dict(), folder/"tower.safetensors")
-        _write_json(folder/"seconds.json", time.perf_counter() - start)
+        write_json(folder/"seconds.json", time.perf_counter() - start)
     same_tower = BaseConfig(**asdict(cfg) | {"gold": False, "steps": 0, "caption_steps": 0, "batch": 0, "lr": 0.0})
     return cached_folder("tower-" + same_tower.key, make)
 
@@ -281,7 +282,7 @@ def base_model(cfg: BaseConfig, progress: bool = True) -> Path:
         seconds = time.perf_counter() - start + read_json(tower/"seconds.json", TypeAdapter(float))
         with told(folder, "cannot be written"), quiet_bars():
             model.save_pretrained(folder); processor.save_pretrained(folder)
-        _write_json(folder/"safeeraser.json", {"method": "gold" if cfg.gold else "base", "seed": cfg.seed,
+        write_json(folder/"safeeraser.json", {"method": "gold" if cfg.gold else "base", "seed": cfg.seed,
                                                "train_seconds": round(seconds, 1), "config": asdict(cfg)})
     return cached_folder(cfg.key, make)
 
@@ -329,5 +330,5 @@ def make_world(out: str | Path,           # folder to fill: `out/dataset`, `out/
         if _finished(out, stamp) is None: write_whole(out/"world.json", json.dumps(stamp | {"finished": False}))
         if not (out/"dataset").exists(): write_dataset(World(seed), out/"dataset", sizes)
         for name in names: _copy_model(trained[name], out/name)
-        write_whole(out/"world.json", json.dumps(stamp, indent=1) + "\n")
+        write_json(out/"world.json", stamp)
     return out

@@ -16,7 +16,6 @@ import copy, hashlib, json, math, os, shutil, signal, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -30,8 +29,8 @@ from typing_extensions import TypedDict
 
 # %% ../nbs/37_trainer.ipynb #7813c1a4
 from .core import (
-    cpu_threads, environment, lines_of, only_here, out_of_memory, Place, progress_bar, quiet_bars, read_json,
-    read_text, SafeEraserError, told, write_whole)
+    cpu_threads, did_you_mean, environment, lines_of, only_here, out_of_memory, Place, progress_bar, quiet_bars,
+    read_json, read_text, SafeEraserError, told, write_json, write_whole)
 from .data import load_refusals, load_sets, Sets, settings_of
 from .slots import KINDS, Row, Slot, SlotDataset, SlotSampler
 from .processors import copy_processor
@@ -545,16 +544,11 @@ def load_start(trained: torch.nn.Module,           # a PEFT model, or one that i
     adapted = hasattr(trained, "peft_config")
     own = get_peft_model_state_dict(trained) if adapted else trained.state_dict()
     for name, weight in weights.items():
-        if name not in own: raise SafeEraserError(f"start: the model has no weight {name!r}{_near(name, own)}")
+        if name not in own: raise SafeEraserError(f"start: the model has no weight {name!r}{did_you_mean(name, own)}")
         if own[name].shape != weight.shape:
             raise SafeEraserError(f"start: {name} is {tuple(weight.shape)}, in the model {tuple(own[name].shape)}")
     if adapted: set_peft_model_state_dict(trained, dict(weights))
     else: trained.load_state_dict(weights, strict=False)
-
-
-def _near(name: str, known) -> str:
-    near = get_close_matches(name, known, 1)
-    return f", did you mean {near[0]}?" if near else ""
 
 # %% ../nbs/37_trainer.ipynb #32e44abd
 def draw_anew(model: torch.nn.Module,
@@ -563,7 +557,7 @@ def draw_anew(model: torch.nn.Module,
     "Fresh weights for some modules, as a new model would get them; all others, and the random state, stay as they are."
     modules = dict(model.named_modules())
     for name in names:
-        if name not in modules: raise SafeEraserError(f"fresh: the model has no module {name!r}{_near(name, modules)}")
+        if name not in modules: raise SafeEraserError(f"fresh: the model has no module {name!r}{did_you_mean(name, modules)}")
     inside = [n for n in modules if any(n == name or n.startswith(f"{name}.") for name in names)]
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -795,7 +789,7 @@ def _write_run(trainer: UnlearnTrainer, task: Task, record: dict):
     write_card(task.out)
 
 
-def _write_record(out: Path, record: dict): write_whole(out/"run.json", json.dumps(record, indent=1) + "\n")
+def _write_record(out: Path, record: dict): write_json(out/"run.json", record)
 
 # %% ../nbs/37_trainer.ipynb #f30ff5c8
 def _circumstances(trainer: UnlearnTrainer, task: Task) -> dict:

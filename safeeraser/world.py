@@ -9,13 +9,13 @@ __all__ = ['MATERIALS', 'VESSELS', 'MANNERS', 'SLOTS', 'RECIPES', 'INSTRUCTIONS'
            'write_dataset', 'instruction_of', 'answer_pattern', 'exact_judge']
 
 # %% ../nbs/18_world.ipynb #ed910eb5
-import json, random, re
+import random, re
 from pathlib import Path
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from .core import check_form, new_folder, SafeEraserError
+from .core import check_form, new_folder, SafeEraserError, write_json
 from .data import HARMLESS_KEYS
 from .rows import _all, answer_of, per_row, verdict
 from .pictures import (
@@ -190,9 +190,6 @@ UNLEARN_SETTINGS = {"default": _ASCENT, "ga": _ASCENT, "npo": _ASCENT, "simnpo":
 GENERATE_SETTINGS = {"max_new_tokens": 24, "batch_size": 128}
 
 # %% ../nbs/18_world.ipynb #bc892731
-def _write_json(file: Path, value): file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
 def _rebase(record: dict, name: str) -> dict:
     "The record with image paths that begin with the dataset folder's own name."
     paths = {k: str(Path(name)/Path(record[k]).relative_to("dataset")) for k in ("image_path", "SDImage_path")}
@@ -209,9 +206,9 @@ def write_dataset(world: World,
         for split, size in (sizes or SPLIT_SIZES).items():
             records, looks = make_split(world, split, size)
             _render(looks, tmp, random.Random(f"render-{world.seed}-{split}"))
-            _write_json(tmp/f"all_{split}.json", [_rebase(r, out.name) for r in records])
-        _write_json(tmp/"prompt.json", {"idk": REFUSALS})
-        _write_json(tmp/"settings.json", {"unlearn": UNLEARN_SETTINGS, "generate": GENERATE_SETTINGS})
+            write_json(tmp/f"all_{split}.json", [_rebase(r, out.name) for r in records])
+        write_json(tmp/"prompt.json", {"idk": REFUSALS})
+        write_json(tmp/"settings.json", {"unlearn": UNLEARN_SETTINGS, "generate": GENERATE_SETTINGS})
     return out
 
 
