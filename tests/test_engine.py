@@ -1,4 +1,7 @@
 """The engine's scores and samples are the model's own, whoever shares a batch."""
+import copy
+from collections import Counter
+
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from safeeraser.engine import AnswerCache, batches_within, check_engine, Engine,
 from safeeraser.generate import RowSampler, answer_batch, generate
 from safeeraser.packed import attention_of
 from safeeraser.packing import Packer
+
+from waits import Waits
 
 
 def questions(tiny): return [*load_sets(tiny.data, "val")]
@@ -153,3 +158,30 @@ def test_a_replaced_image_stops_a_resumed_run(tiny, tmp_path):
     image = requests[0].item.image
     Image.new("RGB", Image.open(image).size, "black").save(image)
     with pytest.raises(SafeEraserError, match="other settings, questions or images"): generate(tiny.model, data, out, progress=False)
+
+
+@pytest.mark.parametrize("case, most", [("greedy", 1), ("sampled", 1), ("a model's own rules", 2)])
+def test_python_waits_for_the_gpu_once_a_token(case, most, sharp, tiny):
+    "And with rules of the model's own, which read what was written, once more."
+    (model, encoder), items, engine = sharp, questions(tiny)[:6], Engine(*sharp)
+    engine.ends = set()
+    own, model.generation_config = model.generation_config, copy.deepcopy(model.generation_config)
+    if case.startswith("a model"): model.generation_config.update(suppress_tokens=[3])
+    def waits(tokens: int) -> Counter:
+        with Waits(model) as found: said = engine.answer(items, tokens, RowSampler(range(6), 1.0, .9) if case == "sampled" else None)
+        assert len(said) == len(items)
+        return found.found
+    few, many = waits(4), waits(10)
+    model.generation_config = own
+    assert few["cpu"] == 4 and many["cpu"] == 10
+    assert 6 <= (many - few).total() <= 6 * most, many - few
+
+
+def test_the_counter_counts():
+    model = torch.nn.Linear(2, 2)
+    with Waits(model) as found:
+        x = model(torch.zeros(3, 2).to(model.weight.device))  # a copy there
+        y = x.cpu()                                       # and one back
+        x[x > 0], bool(x.isfinite().all()), x[torch.tensor([0])], torch.tensor([1.], device=x.device)
+        y.tolist(), y[y > 0], torch.zeros(2).to(y.device), x[:1] + x.argmax(), x[x.argmax(0)]
+    assert found.found == {"to": 1, "cpu": 1, "__getitem__": 2, "__bool__": 1, "tensor": 1}
