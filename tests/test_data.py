@@ -98,12 +98,11 @@ def test_exif_rotation_is_applied(tmp_path):
 def test_content_decides_whether_an_image_is_new(tmp_path):
     import os
 
-    from safeeraser.encoder import image_digest, open_image
+    from safeeraser.encoder import image_digest
     file, seen = tmp_path / "a.bmp", set()
     for colour in ("red", "blue"):  # two files of one size, and one time stamp
         Image.new("RGB", (8, 8), colour).save(file)
         os.utime(file, ns=(0, 0))
-        assert open_image(file).getpixel((0, 0)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
         seen.add(image_digest(file))
     assert len(seen) == 2
 

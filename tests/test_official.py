@@ -20,7 +20,7 @@ from PIL import Image
 
 from safeeraser.core import SafeEraserError
 from safeeraser.data import load_image, load_refusals, load_sets, Record, settings_of
-from safeeraser.encoder import Encoder, open_image
+from safeeraser.encoder import Encoder
 from safeeraser.slots import Row
 from safeeraser.check import check_dataset, look_at
 from safeeraser.convert import Asked, convert, make_answers, read_table
@@ -207,22 +207,6 @@ def test_however_an_image_is_broken_it_is_one_sentence(tmp_path):
             try: load_image(tmp_path / "x")
             except SafeEraserError as e: assert "x: not a readable image" in str(e)
             assert look_at(tmp_path / "x").digest or look_at(tmp_path / "x").problem
-
-
-def test_an_image_replaced_on_disk_is_read_anew(tmp_path):
-    file = tmp_path / "1.png"
-    for colour, value in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
-        Image.new("RGB", (8, 8), colour).save(file)
-        os.utime(file, ns=(0, value[2]))
-        assert open_image(file).getpixel((0, 0)) == value
-
-
-def test_only_icons_are_kept_in_memory(tmp_path):
-    Image.new("RGB", (48, 48), "red").save(tmp_path / "icon.png")
-    Image.new("RGB", (1000, 1000), "red").save(tmp_path / "plain.jpg", quality=10)  # a small file, 3 MB in memory
-    assert (tmp_path / "plain.jpg").stat().st_size < 2**15
-    assert open_image(tmp_path / "icon.png") is open_image(tmp_path / "icon.png")
-    assert open_image(tmp_path / "plain.jpg") is not open_image(tmp_path / "plain.jpg")
 
 
 def test_two_pictures_of_one_name_stay_two_from_record_to_pixels(tiny, tmp_path):
