@@ -111,6 +111,27 @@ def test_utilisation():
     assert gpu.utilisation(1, 1, 1, "cpu") is None
 
 
+def test_the_gpu_script_says_the_first_thing_first_and_writes_as_it_goes(monkeypatch):
+    monkeypatch.setattr(gpu, "CASES", [("gd+pd", 12)])
+    monkeypatch.setattr(gpu, "NEW_TOKENS", 4)
+    said = []
+    found = gpu.measure("tiny", "cpu", 600, lambda now: said.append(json.loads(json.dumps(now))))
+    assert [len(s["rows"]) for s in said] == list(range(7)) and not found["left_out"]
+    first, (train, sample, vision, load, *generate) = said[0]["first"], found["rows"]
+    assert first["route"] in ("split", "dense") and first["pass_seconds"] > 0 and said[0]["environment"]["shape"] == "tiny"
+    assert KEYS <= train.keys() and all(KEYS - {"token_limit", "peak_memory_ratio"} <= g.keys() for g in generate) and len(generate) == 2
+    assert sample["milliseconds"] > 0 < vision["milliseconds_from_the_cache"] and load["without_workers"][1] > load["without_workers"][0] and len(load["with_four"]) == 2
+
+
+def test_the_gpu_script_begins_nothing_when_its_time_is_up(capsys):
+    said = []
+    found = gpu.measure("tiny", "cpu", 0, lambda now: said.append(len(now["left_out"])) or gpu.told(now, "cpu"))
+    assert found["first"]["pass_seconds"] > 0 and not found["rows"] and said == list(range(15))
+    assert found["left_out"] == [*(f"{m} {n}" for m, n in gpu.CASES), "sample", "vision", "load", "generate 1", "generate 4"] and found["left_out"][0] == "gd+pd 100"
+    first, *late = capsys.readouterr().out.splitlines()
+    assert '"pass_seconds"' in first and late == [f"no time for {name}" for name in found["left_out"]]
+
+
 def test_a_peak_is_a_process_s_own():
     code = "import sys; sys.path.insert(0, 'benchmarks'); import measure as m; b = m.resident(); x = bytearray(b'1' * 200 * 2**20); del x; print(m.resident('VmHWM') - b)"
     assert float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout) == pytest.approx(400, rel=.1)
