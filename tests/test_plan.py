@@ -36,6 +36,7 @@ def made(tmp_path_factory): return benchmark.tiny(tmp_path_factory.mktemp("plan"
 
 @pytest.mark.parametrize("case", [c for c in benchmark.CASES if c.get("packing") == "split"] + [{"packing": "off", "gradient_checkpointing": True}], ids=str)
 def test_what_is_counted_is_what_a_cpu_allocates(case, made):
+    "By the allocator's own events, which the count knows nothing of."
     assert abs(benchmark.compared("tiny", made, **case)["ratio"] - 1) < WITHIN
 
 
@@ -56,7 +57,7 @@ def test_packed_work_is_what_the_trainer_lays_out(tiny, tmp_path):
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, group_images=True, packing="dense", lora_r=2, use_cpu=True)
     args, objective, sets, refusals = make_config(tmp_path, **settings), parse_objective("kl+pd"), load_sets(tiny.data), load_refusals(tiny.data)
     model, processor = load_model(tiny.model, "cpu")
-    work, _ = survey(BlankEncoder(processor), SlotDataset(sets, refusals, objective.kinds), args, objective)
+    work, _ = survey(BlankEncoder(processor, model.config.text_config.max_position_embeddings), SlotDataset(sets, refusals, objective.kinds), args, objective)
     trainer = UnlearnTrainer(make_trainable(model, args, objective), args, sets, refusals, processor, objective)
     passes = [p for batch in trainer.get_train_dataloader() for p in batch["passes"]]
     assert work.passes == len(passes) and work.tokens == sum(p["input_ids"].numel() for p in passes)
@@ -68,7 +69,7 @@ def test_separate_work_is_what_the_trainer_lays_out(tiny, tmp_path):
     settings = dict(per_device_train_batch_size=3, gradient_accumulation_steps=2, packing="off", lora_r=2, use_cpu=True)
     args, objective, sets, refusals = make_config(tmp_path, **settings), parse_objective("po+pd"), load_sets(tiny.data), load_refusals(tiny.data)
     model, processor = load_model(tiny.model, "cpu")
-    work, heaviest = survey(BlankEncoder(processor), SlotDataset(sets, refusals, objective.kinds), args, objective)
+    work, heaviest = survey(BlankEncoder(processor, model.config.text_config.max_position_embeddings), SlotDataset(sets, refusals, objective.kinds), args, objective)
     trainer = UnlearnTrainer(make_trainable(model, args, objective), args, sets, refusals, processor, objective)
     batches = list(trainer.get_train_dataloader())
     assert work.tokens == sum(b["input_ids"].numel() for b in batches) and work.rows == sum(int(b["n_items"].sum()) for b in batches) + 2  # a dead slot
@@ -114,13 +115,13 @@ def test_a_7b_has_the_weights_and_the_adapter_that_it_is_known_for():
     assert trained == lora + projector and sum(p.numel() for p in adapted.parameters()) == 7_063_427_072 + trained
 
 
-def test_activations_of_a_7b_grow_by_the_layer_and_with_checkpointing_by_its_input_alone(broad):
+def test_activations_of_a_7b_grow_by_the_layer_and_with_checkpointing_hardly(broad):
     held, tokens = broad
     (_, two), (_, four) = held(2), held(4)
     a_layer = (four.gib["activations"] - two.gib["activations"]) / 2 * 2**30 / tokens
     assert 32 * a_layer * 1100 / 2**30 == pytest.approx(8.0, rel=.05)  # counted otherwise, of saved tensors alone
-    (_, two), (_, four) = held(2, True), held(4, True)
-    assert (four.gib["activations"] - two.gib["activations"]) * 2**30 / 2 / tokens == pytest.approx(2 * 4096, rel=.7)  # and the adapter in bfloat16
+    growth = lambda checkpointing: sum(held(4, checkpointing)[1].gib.values()) - sum(held(2, checkpointing)[1].gib.values())
+    assert 0 < growth(True) < .1 * growth(False)
 
 
 def test_operations_are_two_a_weight_and_token_forward_and_as_many_back(broad):
@@ -241,12 +242,12 @@ def test_the_command_plans_and_says_what_to_type(tiny, tmp_path):
 
 @pytest.mark.parametrize("argv, said", [
     (["--gpu", "H100"], "unknown gpu 'H100', did you mean H100-80?"), (["--gpu", "TPU"], f"unknown gpu 'TPU'; there are: {', '.join(GPUS)}"),
-    (["--gpus", "0"], "x>=1"), (["--model", "{tmp}"], "no config.json there"), (["--data", "{tmp}"], "all_train.json"),
+    (["--gpus", "0"], "greater than or equal to 1"), (["--model", "{tmp}"], "no config.json there"), (["--data", "{tmp}"], "all_train.json"),
     (["--method", "pq"], "pq"), (["--set", "lora_rr=2"], "did you mean lora_r?"), (["--model", "nobody/nothing"], "no configuration there")])
 def test_bad_input_is_one_sentence(argv, said, tiny, tmp_path):
     given = {"--model": tiny.model, "--data": tiny.data} | dict(zip(argv[::2], (a.format(tmp=tmp_path) for a in argv[1::2])))
     done = call("plan", *(word for pair in given.items() for word in pair))
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
 
 
 def test_no_gpu_at_all_is_refused_in_python(tiny):
