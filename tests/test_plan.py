@@ -37,7 +37,7 @@ def made(tmp_path_factory): return benchmark.tiny(tmp_path_factory.mktemp("plan"
 @pytest.mark.parametrize("case", [c for c in benchmark.CASES if c.get("packing") == "split"] + [{"packing": "off", "gradient_checkpointing": True}], ids=str)
 def test_what_is_counted_is_what_a_cpu_allocates(case, made):
     "By the allocator's own events, which the count knows nothing of."
-    assert abs(benchmark.compared("tiny", made, **case)["ratio"] - 1) < WITHIN
+    assert abs(benchmark.compared("tiny", made, **case)["ratio"] - 1) < .05
 
 
 @pytest.mark.slow
