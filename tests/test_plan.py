@@ -48,7 +48,7 @@ def test_so_it_is_for_a_hundred_million_weights(case, tmp_path):
 
 def test_committed_figures_are_within_the_promise():
     rows = json.loads(benchmark.OUT.read_text())["rows"]
-    assert {r["model"] for r in rows} == {"tiny", "middle"} and len(rows) >= 16
+    assert {r["model"] for r in rows} == {"tiny", "middle"} and len(rows) >= 15
     assert all(abs(r["predicted_mib"] / r["allocated_mib"] - 1) < WITHIN for r in rows)
 
 
