@@ -26,8 +26,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from safeeraser.core import write_whole
 from safeeraser.loss import parse_objective
 from safeeraser.model import add_adapter
-from safeeraser.packed import to_device, use_route, Verdict
-from safeeraser.packing import PackedRow, passes, stack_rows
+from safeeraser.packed import to_device, unwrapped, use_route, Verdict
+from safeeraser.packing import GPU_PASS_TOKENS, PackedRow, passes, stack_rows
 from safeeraser.trainer import Tally, UnlearnTrainer
 from shape import build_model, SHAPES, WORDS
 
@@ -154,7 +154,7 @@ def one_pass(model, batch: dict, method: str, checkpointing: bool = False) -> De
     "The counts of a pass of a trainer, as if on a GPU."
     objective, device = parse_objective(method), Device()
     trainer = SimpleNamespace(objective=objective, packing=Verdict("split", ""), reference=None, tally=Tally(),
-                              state=SimpleNamespace(global_step=0), args=SimpleNamespace(world_size=1))
+                              state=SimpleNamespace(global_step=0), accelerator=SimpleNamespace(autocast=nullcontext), args=SimpleNamespace(world_size=1))
     trainer.pass_loss = lambda *args: UnlearnTrainer.pass_loss(trainer, *args)
     again = lambda: (nullcontext(), LikeCuda())  # a layer that is computed again
     if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
@@ -176,6 +176,7 @@ def adapted(words: int, layers: int):
     shape = SHAPES["7b"]
     cut = replace(shape, words=words, text=shape.text | {"num_hidden_layers": layers})
     model = add_adapter(build_model(cut, torch.bfloat16, "meta"), 32, 256, .05)
+    unwrapped(model)._head_says_all = True  # nothing is done to LLaVA's scores
     model.forward = convert_outputs_to_fp32(model.forward)  # as accelerate does in 16 bits
     return model
 
@@ -191,7 +192,7 @@ def usual_rows(method: str) -> list[dict]:
     objective = parse_objective(method)
     kinds = [objective.kinds[n % len(objective.kinds)] for n in range(8)]
     rows = [row(kinds, 1100, answer=40, name=f"image {n}", first=8 * n) for n in range(8)]
-    return [stack_rows(together, objective.reference_kinds) for together in passes(rows)]
+    return [stack_rows(together, objective.reference_kinds) for together in passes(rows, GPU_PASS_TOKENS)]
 
 
 def counted(batches: list[dict], method: str) -> dict:
