@@ -11,6 +11,7 @@ import argparse, json
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from weakref import ref
@@ -210,9 +211,15 @@ def peaks(method: str) -> dict:
             for name, on in (("peak_gib", False), ("peak_gib_checkpointed", True))}
 
 
+def versions() -> dict:
+    "Of what decides how many kernels a layer asks for."
+    return {package: version(package) for package in ("torch", "transformers", "peft")}
+
+
 def main(name: str):
     "Write what the code that is here asks for under `before` or `after`."
     found = json.loads(OUT.read_text()) if OUT.exists() else {"how": " ".join(__doc__.split("\n\n")[-1].split())}
+    found["versions"] = versions()
     found[name] = {m: {"long_row": counted([long_row(m)], m) | peaks(m), "eight_usual_rows": counted(usual_rows(m), m)} for m in METHODS}
     write_whole(OUT, json.dumps(found, indent=1) + "\n")
 

@@ -12,7 +12,7 @@ from safeeraser.attention import Pass, Rows
 from safeeraser.encoder import Collator, Encoder
 from safeeraser.loss import parse_objective
 from safeeraser.packed import check_packing, PackedCollator, use_route
-from safeeraser.packing import attention_spans, Packer, passes, stack_rows
+from safeeraser.packing import attention_spans, Packer
 from test_packing import assert_same, jittered, slots_of, step  # noqa: F401
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -27,8 +27,16 @@ def kept(): return json.loads((BENCHMARKS / "gpu_counts.json").read_text())
 def test_counts_do_not_grow(method, kept):
     import counts
     found, before, after = counts.counted([counts.long_row(method)], method), kept["before"][method]["long_row"], kept["after"][method]["long_row"]
-    for name in ("kernels", "kernels_a_layer", "synchronisations", "tensors_to_device"): assert found[name] <= after[name], name
-    assert after["synchronisations"] <= 3 < before["synchronisations"]
+    assert found["synchronisations"] <= after["synchronisations"] <= 3 < before["synchronisations"]
+    assert found["tensors_to_device"] <= after["tensors_to_device"]
+    if counts.versions() == kept["versions"]:  # another PEFT or transformers may ask for other kernels
+        assert found["kernels"] <= after["kernels"] and found["kernels_a_layer"] <= after["kernels_a_layer"]
+
+
+def test_eight_usual_rows_ask_for_a_fifth(kept):
+    for method, after in kept["after"].items():
+        before, after = kept["before"][method]["eight_usual_rows"], after["eight_usual_rows"]
+        assert before["kernels"] > 4.9 * after["kernels"] and before["passes"] == 4 * after["passes"]
 
 
 # ---------------------------------------------------------------- attention of sequences, from its definition
