@@ -17,8 +17,8 @@ from safeeraser.engine import Engine
 from safeeraser.generate import answer_batch
 from safeeraser.loss import Objective
 from safeeraser.packed import PackedCollator, set_attention, to_device, use_route
-from safeeraser.packing import Packer
-from safeeraser.predict import batch_tokens
+from safeeraser.packing import GPU_PASS_TOKENS, Packer, PASS_TOKENS
+from safeeraser.predict import batch_tokens, placed
 
 Step = Callable[[], float]  # one step; returns its loss
 
@@ -77,14 +77,17 @@ def _full_kl(model, reference, batch: dict) -> torch.Tensor:
 def unpacked(model, encoder: Encoder, objective: Objective, records: list, keep_images: bool = True) -> Step:
     "A row a question; else as this package does it: logits at labels, the image seen once, the adapter off for a reference."
     device, rows = next(model.parameters()).device, _rows(objective, records)
-    plain = [to_device(_plain_batch(encoder, row), device) for row in rows]
+    asked = lambda row: objective.reference_kinds if row.kind in objective.reference_kinds else ()
+    plain = [to_device(placed(_plain_batch(encoder, row), asked(row)), device) for row in rows]
     counts = dict(zip(KINDS, count_items(rows).tolist()))
     return _steps(model, objective, plain, counts, None, keep_images)
 
 
 def packed(model, encoder: Encoder, objective: Objective, records: list, route: str = "split", later_epoch: bool = False) -> Step:
     "This package's way; in a later epoch what the vanilla model said is known."
-    batch = to_device(PackedCollator(Packer(encoder), objective.reference_kinds)([_rows(objective, records)]), next(model.parameters()).device)
+    device = next(model.parameters()).device
+    tokens = GPU_PASS_TOKENS if device.type == "cuda" else PASS_TOKENS
+    batch = to_device(PackedCollator(Packer(encoder), objective.reference_kinds, tokens=tokens)([_rows(objective, records)]), device)
     kept = ReferenceCache(model, 2**32) if later_epoch else None
     step = _steps(model, objective, batch["passes"], dict(zip(KINDS, batch["n_items"].tolist())), route, True, kept)
     if later_epoch: step()

@@ -171,7 +171,7 @@ def test_a_reference_kept_in_part_is_asked_anew(more, tiny):
     batch = lambda items: stack_rows(Packer(Encoder(processor)).pack([Row("retain", i, i.answer) for i in items], list(range(len(items)))), ("retain",))["reference"]
     kept = cache.ReferenceCache(adapted, 2**20)
     for items in (retain[:2], retain[:4], retain[2:4]):
-        found = kept.log_probs(adapted, batch(items), "dense")
+        found = kept.scores(adapted, batch(items), "dense").log_probs()
         with torch.no_grad(), cache.vanilla(adapted): assert torch.allclose(found, packed_log_probs(adapted, batch(items), "dense"), atol=1e-5)
     assert kept.computed == (2 + 4 + 2 if more else 2 + 4) and bool(kept.why) == more
 
@@ -191,8 +191,8 @@ def test_a_pass_that_only_keeps_step_is_kept_apart(tiny):
     with torch.no_grad(), cache.vanilla(adapted): expected = packed_log_probs(adapted, real, "dense")
     kept = cache.ReferenceCache(adapted, 2**20)
     for _ in range(2):
-        for batch in (empty, silent(real)): assert kept.log_probs(adapted, batch, "dense").shape == (0, expected.shape[1])
-        assert torch.allclose(kept.log_probs(adapted, real, "dense"), expected, atol=1e-5)
+        for batch in (empty, silent(real)): assert kept.scores(adapted, batch, "dense").log_probs().shape == (0, expected.shape[1])
+        assert torch.allclose(kept.scores(adapted, real, "dense").log_probs(), expected, atol=1e-5)
     assert kept.why is None
 
 

@@ -11,11 +11,11 @@ from safeeraser.cache import ReferenceCache
 from safeeraser.core import SafeEraserError
 from safeeraser.encoder import Collator
 from safeeraser.loss import (
-    ascend, descend, DECOUPLE, FORGET, METHODS, Needs, Objective, parse_objective, Perturbation, RETAIN, Term, Tokens)
+    ascend, descend, DECOUPLE, FORGET, METHODS, Needs, Objective, parse_objective, Perturbation, RETAIN, Scores, Term, Tokens)
 from safeeraser.model import vanilla
 from safeeraser.packed import PackedCollator, use_route
 from safeeraser.packing import Packer
-from safeeraser.predict import batch_tokens, predict
+from safeeraser.predict import batch_tokens, placed, predict
 
 ANSWERS, BEFORE = [[.5, .2, .9], [.05]], [[.4, .3, .9], [.1]]   # probabilities of two answers' tokens, now and in the vanilla model
 
@@ -53,7 +53,7 @@ def test_undial_by_hand():
     "The teacher's belief in the label divided by e^beta, all beliefs scaled to a sum of 1; then a cross-entropy."
     now, before, label, beta = [[.5, .3, .2], [.1, .1, .8]], [[.7, .2, .1], [.3, .3, .4]], [0, 2], 2.
     log = torch.tensor(now, dtype=torch.float64).log(), torch.tensor(before, dtype=torch.float64).log()
-    t = Tokens(log[0][[0, 1], label], torch.tensor([0, 1]), 2, torch.tensor(label), log[1][[0, 1], label], *log)
+    t = Tokens(log[0][[0, 1], label], torch.tensor([0, 1]), 2, torch.tensor(label), log[1][[0, 1], label], *map(Scores, log))
     for k, loss in enumerate(FORGET["undial"].formula(t, beta=beta).tolist()):
         lowered = [q * math.exp(-beta) if v == label[k] else q for v, q in enumerate(before[k])]
         assert loss == pytest.approx(-sum(q / sum(lowered) * math.log(p) for q, p in zip(lowered, now[k])))
@@ -81,7 +81,7 @@ def test_undial_gradient():
     g = torch.Generator().manual_seed(0)
     logits, ref = torch.randn(2, 4, 6, dtype=torch.float64, generator=g)
     item, label = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 5, 0, 3])
-    def loss(x): return FORGET["undial"].formula(Tokens(x[:, 0], item, 2, label, log_probs=x.log_softmax(-1), ref_log_probs=ref.log_softmax(-1)), 3.)
+    def loss(x): return FORGET["undial"].formula(Tokens(x[:, 0], item, 2, label, scores=Scores(x), ref_scores=Scores(ref)), 3.)
     assert torch.autograd.gradcheck(loss, logits.requires_grad_())
 
 
@@ -184,7 +184,7 @@ def test_distributions_are_kept_for_those_who_compare_them(jittered, tiny):  # n
     found = batch_tokens(model, Collator(encoder)(slots_of(tiny, objective.kinds)), objective)
     assert {k: (t.log_probs is None, t.ref_log_probs is None, t.ref_logp is None) for k, t in found.items()} == {
         "forget": (True, True, False), "retain": (False, False, False), "decouple": (True, True, True)}
-    assert predict(model, Collator(encoder)(slots_of(tiny, ("forget",), 2))).log_probs is None
+    assert predict(model, placed(Collator(encoder)(slots_of(tiny, ("forget",), 2)))).scores is None
 
 
 def test_the_cache_of_references_is_not_asked_for_layers(jittered, tiny):  # noqa: F811
