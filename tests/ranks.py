@@ -103,7 +103,7 @@ PASS_TOKENS = 80  # of a packed pass: two rows of the tiny model's
 UNLEARN = "import json, sys; import ranks; ranks.work(json.loads(sys.argv[1]))"
 
 
-def together(code: str, *args, world: int = 2, timeout: float = 240, **env) -> list[subprocess.CompletedProcess]:
+def together(code: str, *args, world: int = 2, timeout: float = 900, **env) -> list[subprocess.CompletedProcess]:
     "The same script on `world` ranks, as a launcher would start them; waits for all."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
