@@ -21,8 +21,8 @@ ROOT_COMMAND = typer.main.get_command(app)
 VERBS = {(*group, c.callback.__name__): c for group, of in (((), app), (("data",), next(g.typer_instance for g in app.registered_groups)))
          for c in of.registered_commands}
 TAKING = [pytest.param(group, function, id=f"{group[-1]} {function}") for group, c in VERBS.items() for function in getattr(c.callback, "taken", ())]
-PARTLY = {"trainer.unlearn", "check.check_dataset", "published.read_authors", "specificity.specificity", "specificity.lmms_command"}  # by `only`
-DIFFERENT = {("unlearn", n) for n in ("model", "data", "method", "out")} | {("sweep", "judge"), ("make_answers", "max_new_tokens")}  # defaults
+PARTLY = {"trainer.unlearn", "check.check_dataset", "published.read_authors", "specificity.specificity", "specificity.lmms_command", "bulk.bulk_generate"}  # by `only`
+DIFFERENT = {("unlearn", n) for n in ("model", "data", "method", "out")} | {("sweep", "judge"), ("make_answers", "max_new_tokens"), ("generate", "engine"), ("generate", "python")}  # defaults
 
 
 def words(text): return re.sub(r"[\s-]+", " ", text).strip().lower()
