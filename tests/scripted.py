@@ -27,6 +27,11 @@ def speak(system: str, text: str) -> str:
     return f"word {hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
+class Wide(ThreadingHTTPServer):
+    "Takes a thousand connections at once."
+    daemon_threads, request_queue_size = True, 1024
+
+
 class Scripted:
     "`answer` makes texts; `misbehave`, where set, is called instead with the handler and the number of the call."
     def __init__(self, answer=careful, model="judge-1"):
@@ -61,9 +66,13 @@ class Scripted:
                                             "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
                                             "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}]}).encode())
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        self.http = Wide(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def die(self):
+        "Nobody listens any more."
+        self.http.shutdown()
+        self.http.server_close()
 
 
 @contextmanager

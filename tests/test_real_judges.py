@@ -70,8 +70,8 @@ def test_a_local_judge_that_is_cut_off_decides_nothing(speaker):
     model, tokenizer = speaker
     tokenizer.chat_template = CHATML
     class Cut(ChatModel):
-        def say(self, prompt, tokens): return "yes", False
-    assert read_verdict(Cut(model, tokenizer)(call_for("unsafe", rows(1)[0])))["value"] is None
+        def say(self, asked): return [("yes", False)] * len(asked)
+    assert read_verdict(Cut(model, tokenizer)([call_for("unsafe", rows(1)[0])])[0])["value"] is None
 
 
 def alias(server, folder, **options):
@@ -179,10 +179,10 @@ def test_a_template_that_wants_it_otherwise_still_gets_all(name, speaker):
     tokenizer.chat_template = TEMPLATES[name]
     seen = []
     class Listens(ChatModel):
-        def say(self, prompt, tokens):
-            seen.append(self.tokenizer.decode(prompt))
-            return "yes", True
-    assert Listens(model, tokenizer)(Call("Answer with one word.", "Is it red?")).text == "yes"
+        def say(self, asked):
+            seen.extend(self.tokenizer.decode(prompt) for prompt, _ in asked)
+            return [("yes", True)] * len(asked)
+    assert Listens(model, tokenizer)([Call("Answer with one word.", "Is it red?")])[0].text == "yes"
     assert "Answer with one word." in seen[0] and "Is it red?" in seen[0]
 
 
@@ -215,9 +215,9 @@ def test_a_broken_or_overlong_judge_decides_nothing(speaker):
     tokenizer.chat_template = CHATML
     call = call_for("unsafe", rows(1)[0])
     model.lm_head.weight.data.fill_(float("nan"))
-    assert read_verdict(GuardModel(model, tokenizer)(call))["value"] is None
+    assert read_verdict(GuardModel(model, tokenizer)([call])[0])["value"] is None
     long = Call(call.system, call.text.replace("Collect", "Collect" * 1000))
-    assert "tokens, and the judge reads 4,096" in ChatModel(model, tokenizer)(long).problem
+    assert "tokens, and the judge reads 4,096" in ChatModel(model, tokenizer)([long])[0].problem
 
 
 def test_two_judges_in_folders_of_one_name_have_two_names(speaker, tmp_path):
