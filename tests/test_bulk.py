@@ -9,7 +9,7 @@ from pathlib import Path
 import command as commands
 import pytest
 import safeeraser.bulk as bulk
-import safeeraser.generate as generating
+import safeeraser.server as serving
 from command import command
 from functools import partial
 from safeeraser.bulk import bulk_generate
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="wants process
 def python(tmp_path, monkeypatch):
     "The Python of an environment with a stand-in for vLLM, whose servers write into `diary.jsonl`."
     monkeypatch.setenv("STANDIN_DIARY", str(tmp_path / "diary.jsonl"))
-    monkeypatch.setattr(generating, "Server", partial(Server, pause=.01))
+    monkeypatch.setattr(serving, "Server", partial(Server, pause=.01))
     return environment(tmp_path / "env")
 
 
@@ -81,9 +81,28 @@ def test_a_server_that_dies_in_the_middle_is_started_anew_by_the_same_command(as
     monkeypatch.delenv("STANDIN_DIES")
     rows = read_rows(ask())
     assert len(rows) == wanted(tiny).total() and not part.exists() and gone(pids(tmp_path / "diary.jsonl"))
-    assert asked(tmp_path).total() <= wanted(tiny).total() + 32, "only those of the last batch are asked again"
+    assert asked(tmp_path).total() <= wanted(tiny).total() + 20, "what was answered is not asked again"
     ports = [d["argv"][d["argv"].index("--port") + 1] for d in diary(tmp_path / "diary.jsonl") if d["what"] == "start"]
     assert len(ports) == 2
+
+
+def test_two_gpus_share_the_images_and_one_takes_over_what_another_leaves(ask, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    ask(gpus=2)
+    calls = [d for d in diary(tmp_path / "diary.jsonl") if d["what"] == "call"]
+    assert asked(tmp_path) == wanted(tiny) and {d["gpu"] for d in calls} == {"4", "5"} and gone(pids(tmp_path / "diary.jsonl"))
+    assert len({(d["image"], d["gpu"]) for d in calls}) == len({d["image"] for d in calls}), "an image stays at one server"
+    assert capsys.readouterr().err == "" and os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
+    monkeypatch.setenv("STANDIN_DIES", "3@5")
+    rows = read_rows(ask(gpus=2, out=tmp_path / "again.jsonl"))
+    assert Counter(r["question"] for r in rows) == wanted(tiny) and gone(pids(tmp_path / "diary.jsonl"))
+    assert f"has ended and others answered for it; its log is {tmp_path}/again.jsonl.vllm-1.log" in capsys.readouterr().err
+    with pytest.raises(SafeEraserError, match="--gpus 4: from 1 to the 3 that CUDA_VISIBLE_DEVICES names"): ask(gpus=4, out=tmp_path / "new.jsonl")
+
+
+def test_shards_have_a_server_each_and_make_one_file(ask, tiny, tmp_path):
+    assert ask(shard="1/2").name == "r.jsonl.1-of-2.part" and ask(shard="0/2") == tmp_path / "r.jsonl"
+    assert asked(tmp_path) == wanted(tiny) and {p.name for p in tmp_path.glob("r.jsonl*")} == {"r.jsonl", "r.jsonl.0-of-2.vllm-0.log", "r.jsonl.1-of-2.vllm-0.log"}
 
 
 def test_another_version_does_not_go_on_with_a_file(ask, tmp_path, monkeypatch):
@@ -159,6 +178,7 @@ def test_the_verb_says_what_belongs_together(tiny, tmp_path, python):
     fails("--engine wants --python", "--engine", "vllm")
     fails("--python does nothing without --engine", "--python", python)
     fails("--gpus does nothing without --engine", "--gpus", 2)
+    fails("--merge does nothing with --engine", "--engine", "vllm", "--python", python, "--merge", "--adapter", tmp_path)
     fails("--server does nothing with --engine", "--engine", "vllm", "--python", python, "--server", "http://localhost:1/v1")
     fails("one of vllm, sglang", "--engine", "ollama", "--python", python)
     fails("sglang is not installed there; make an environment for it", "--engine", "sglang", "--python", python)

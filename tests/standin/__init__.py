@@ -1,7 +1,7 @@
 """Environments of a stand-in for vLLM or SGLang: the same command line, the same routes, an answer by a rule.
 
 Variables tell it how to behave: STANDIN_SLOW seconds until it is healthy, STANDIN_DIES at the start ("start") or at
-that many calls, STANDIN_DEAF to SIGTERM, STANDIN_DIARY a file where it writes what happens, a line of JSON each."""
+that many calls (only one, where "@" and its GPU follow), STANDIN_DEAF to SIGTERM, STANDIN_DIARY a file where it writes what happens, a line of JSON each."""
 import json
 import os
 import sys

@@ -45,7 +45,8 @@ def weights(model):
 
 
 def main(engine):
-    said, dies = options(engine), os.environ.get("STANDIN_DIES")
+    said, (dies, _, where) = options(engine), os.environ.get("STANDIN_DIES", "").partition("@")
+    if where and where != os.environ.get("CUDA_VISIBLE_DEVICES"): dies = ""
     if os.environ.get("STANDIN_DEAF"): signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # it inherits what is ignored
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
