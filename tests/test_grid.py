@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import command as commands
@@ -129,16 +130,21 @@ def test_grids_at_once_do_each_cell_once(tmp_path, asked):
 
 
 @pytest.mark.slow
-def test_a_killed_grid_goes_on(tiny, tmp_path, asked):
-    whole = run_grid(**asked | {"out": tmp_path / "whole"}, progress=False)
-    process = process_of(typed(tiny, tmp_path / "grid"), tmp_path)
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_grid_that_was_stopped_goes_on(tiny, tmp_path, asked, number, code):
+    longer = asked | {"max_steps": 30, "save_strategy": "steps", "save_steps": 2}
+    argv = typed(tiny, tmp_path / "grid", "--set", "max_steps=30", "--set", "save_strategy=steps", "--set", "save_steps=2")
+    whole = run_grid(**longer | {"out": tmp_path / "whole"}, progress=False)
+    process = process_of(argv, tmp_path)
     first, second = (tmp_path / "grid" / name for name in ("po_seed1", "gd_seed1"))
-    wait_until((second / "run.json").exists)
-    os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: list((second / "checkpoints").glob("checkpoint-*/trainer_state.json")))
+    os.kill(process.pid, number)
     process.join()
-    before, grid = times(first), plan_grid(**asked)
+    assert process.exitcode == code
+    if number == signal.SIGINT: assert re.search("^safeeraser: stopped after step .*the same call goes on", (tmp_path / "err.txt").read_text(), re.M)
+    before, grid = times(first), plan_grid(**longer)
     assert [state_of(grid, c) for c in grid.cells] == ["done", "begun"]
-    assert command(*typed(tiny, tmp_path / "grid")).returncode == 0 and times(first) == before
+    assert command(*argv).returncode == 0 and times(first) == before
     found = json.loads((tmp_path / "grid" / "grid.json").read_text())
     assert found["rows"] == [r | {"seconds": t["seconds"]} for r, t in zip(whole["rows"], found["rows"])]
     assert (second / "adapter_model.safetensors").read_bytes() == (tmp_path / "whole" / "gd_seed1" / "adapter_model.safetensors").read_bytes()
@@ -251,16 +257,20 @@ time.sleep(60)
 def node(tmp_path):
     "Runs a script as Slurm would, with stand-ins for what it calls; gives the process and the words that were called."
     (tmp_path / "bin").mkdir()
+    started = []
     for name, text in (("safeeraser", None), ("torchrun", None), ("scontrol", '#!/bin/sh\necho "$@" > "$SEEN.requeued"\n')):
         (tmp_path / "bin" / name).write_text(text or PROGRAM.format(python=sys.executable))
         (tmp_path / "bin" / name).chmod(0o755)
     def start(file):
         env = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "SLURM_JOB_ID": "7",
                             "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "8"}
-        process = subprocess.Popen(["bash", file], env=env)
+        process = subprocess.Popen(["bash", file], env=env, start_new_session=True)
+        started.append(process.pid)
         wait_until((tmp_path / "seen.ready").exists, 20)
         return process, (tmp_path / "seen").read_text().splitlines()
-    return start
+    yield start
+    for pid in started:
+        with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda p: p.name)
