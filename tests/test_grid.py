@@ -165,7 +165,7 @@ def test_cells_are_done_by_submitted_processes(tiny, tmp_path, asked):
 
 @pytest.mark.slow
 def test_a_job_that_is_told_that_time_is_up_is_queued_again_and_goes_on(tiny, tmp_path, asked):
-    one = asked | {"methods": ["gd"], "max_steps": 60, "save_strategy": "steps", "save_steps": 2}
+    one = asked | {"methods": ["gd"], "max_steps": 24, "save_strategy": "steps", "save_steps": 4}
     grid = plan_grid(**one)
     job, = submit_grid(grid, tmp_path / "grid", "local")
     wait_until(lambda: list((tmp_path / "grid" / "gd_seed1" / "checkpoints").glob("checkpoint-*/trainer_state.json")))
