@@ -51,7 +51,7 @@ class Scripted:
                 self.reply(200, json.dumps({"object": "list", "data": [{"id": outer.model, "object": "model", "created": 1, "owned_by": "us"}]}).encode())
 
             def do_POST(self):
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked = self.asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.seen.append(asked)
                 outer.keys.append(self.headers.get("Authorization"))
                 if outer.misbehave: return outer.misbehave(self, len(outer.seen))

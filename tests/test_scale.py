@@ -111,13 +111,14 @@ def test_a_server_that_dies_in_the_middle_has_its_work_taken_over(two, tiny, tmp
     one, other = two
     answered = []
     def dying(handler, n):
-        if n == 9: one.die()
-        if n >= 9: return handler.connection.close()
-        answered.append(one.seen[n - 1])
-        handler.good(one.seen[n - 1])
+        if n >= 9:
+            one.die()
+            return handler.connection.close()
+        answered.append(handler.asked)
+        handler.good(handler.asked)
     one.misbehave = dying
     found = read_rows(generate("merged", tiny.data, tmp_path / "r.jsonl", server=urls(two), at_once=6, progress=False))
-    assert [r["response"] for r in found] == [speak("", r["question"]) for r in found] and len(answered) == 8
+    assert [r["response"] for r in found] == [speak("", r["question"]) for r in found] and 4 < len(answered) <= 8
     by_one = Counter(json.dumps(c["messages"]) for c in answered)
     by_other = Counter(json.dumps(c["messages"]) for c in other.seen)
     assert (by_one + by_other).total() == len(found) == len(plan_requests(tiny.data))  # each answered, and paid, once
@@ -127,13 +128,14 @@ def test_a_server_that_dies_in_the_middle_has_its_work_taken_over(two, tiny, tmp
 def test_where_all_servers_die_what_is_done_is_kept(two, tiny, tmp_path, hasty):
     for server in two:
         def dying(handler, n, server=server):
-            if n == 7: server.die()
-            if n >= 7: return handler.connection.close()
-            handler.good(server.seen[n - 1])
+            if n >= 7:
+                server.die()
+                return handler.connection.close()
+            handler.good(handler.asked)
         server.misbehave = dying
     with pytest.raises(SafeEraserError, match="nobody listens there.*what is done is kept"): generate("merged", tiny.data, tmp_path / "r.jsonl", server=urls(two), at_once=4, progress=False)
     part, = parts_of(tmp_path / "r.jsonl")
-    assert len(part.read_text().splitlines()) == 1 + 2 * 6
+    assert 1 < len(part.read_text().splitlines()) <= 1 + 2 * 6
 
 
 def test_servers_of_two_models_are_not_mixed(two, tiny, tmp_path):
@@ -169,7 +171,7 @@ def test_as_many_as_are_asked_for_really_are_at_once():
     "More than an HTTP client keeps connections by itself: nobody is answered until all are there."
     with scripted(answer=speak) as server:
         all_there = threading.Barrier(150)
-        server.misbehave = lambda handler, n: (all_there.wait(60), handler.good(server.seen[n - 1]))
+        server.misbehave = lambda handler, n: (all_there.wait(60), handler.good(handler.asked))
         replies = ask_all(Server(server.url, "m", 150, tries=1), [Call("", f"q{k}") for k in range(150)], progress=False)
         assert all(r.text for r in replies)
 
@@ -177,7 +179,7 @@ def test_as_many_as_are_asked_for_really_are_at_once():
 def test_one_slow_reply_holds_nobody_up():
     "Where batches waited for their slowest, 40 calls at 4 a batch with one slow in each would take 10 pauses."
     with scripted(answer=speak) as server:
-        server.misbehave = lambda handler, n: (time.sleep(.5 if n == 1 else .01), handler.good(server.seen[n - 1]))
+        server.misbehave = lambda handler, n: (time.sleep(.5 if handler.asked["messages"][-1]["content"] == "q0" else .01), handler.good(handler.asked))
         order = [n for n, _ in as_they_come(Server(server.url, "m", 4), [Call("", f"q{k}") for k in range(40)])]
         assert order.index(0) > 20 and sorted(order) == [*range(40)]
 
@@ -244,13 +246,13 @@ def test_another_number_of_shards_goes_on_from_what_is_there(tiny, tmp_path, who
     out, asked, ask = tmp_path / "r.jsonl", [], safeeraser.generate.answer_batch
     work(tiny, out, "0/3")
     monkeypatch.setattr(safeeraser.generate, "answer_batch", lambda model, encoder, items, *a: asked.extend(items) or ask(model, encoder, items, *a))
-    assert work(tiny, out, "1/2", batch_size=3) != out and work(tiny, out, "0/2", batch_size=3) == out
+    assert work(tiny, out, "1/2", batch_size=16) != out and work(tiny, out, "0/2", batch_size=16) == out
     assert out.read_bytes() == whole and os.listdir(tmp_path) == ["r.jsonl"]
     requests = plan_requests(tiny.data, samples=3)
     assert len(asked) == len(requests) - len(in_shard(requests, 0, 3))
     work(tiny, tmp_path / "s.jsonl", "0/3")
     asked.clear()
-    assert work(tiny, tmp_path / "s.jsonl", "0/1", batch_size=3).read_bytes() == whole and len(asked) == len(requests) - len(in_shard(requests, 0, 3))
+    assert work(tiny, tmp_path / "s.jsonl", "0/1", batch_size=16).read_bytes() == whole and len(asked) == len(requests) - len(in_shard(requests, 0, 3))
 
 
 def test_parts_begun_with_other_settings_are_refused(tiny, tmp_path):
@@ -298,6 +300,12 @@ def test_killed_between_the_file_and_the_end_of_its_parts(tiny, tmp_path, whole,
     assert out.read_bytes() == whole and len(parts_of(out)) == 2
     monkeypatch.setattr(safeeraser.generate, "load_model", None)
     for _ in range(2): assert work(tiny, out, "1/2") == out and os.listdir(tmp_path) == ["r.jsonl"]
+
+
+def test_shards_by_the_engine_make_the_same_file_too(tiny, tmp_path):
+    alone, *_, last = (generate(tiny.model, tiny.data, tmp_path / out, shard=shard, share_images=True, max_new_tokens=6, splits=["val"], progress=False)
+                       for out, shard in (("a.jsonl", "0/1"), ("b.jsonl", "1/2"), ("b.jsonl", "0/2")))
+    assert alone.read_bytes() == last.read_bytes() and last.name == "b.jsonl"
 
 
 @pytest.mark.slow
@@ -427,7 +435,7 @@ def test_a_judge_that_does_not_fit_says_what_to_lower(talker, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_real_model_says_the_same_in_batches():
     from scripts.real_parts import smollm2
-    one_by_one, together = (local_judge(smollm2(), "chat", device="cpu", progress=False, max_tokens=12, batch_size=size) for size in (1, 8))
-    calls = [c for _, c in known_calls(ASKS)][::2]
+    one_by_one, together = (local_judge(smollm2(), "chat", device="cpu", progress=False, max_tokens=6, batch_size=size) for size in (1, 8))
+    calls = [c for _, c in known_calls(ASKS)][::5]
     said = one_by_one.ask(calls)
     assert together.ask(calls) == said and len({r.text for r in said}) > 3
