@@ -228,6 +228,13 @@ def test_the_verb_says_what_is_wrong(tiny, tmp_path):
     assert not list((tmp_path / "grid").glob("*seed*"))
 
 
+def test_methods_and_settings_are_parted_by_commas_outside_parentheses(tiny, tmp_path):
+    listed = command(*typed(tiny, tmp_path / "grid", "--methods", "simnpo(beta=2, delta=0.5) + pd,po", "--grid", "lora_r=2,4", "--list"))
+    cells = re.findall(r"^open +.*/(.*)$", listed.stdout, re.M)
+    assert cells == [f"{m}_seed1_lora_r={r}" for m in ("simnpo(beta=2,delta=0.5)+pd", "po") for r in (2, 4)], listed.stderr
+    assert all(parsed(line.strip()) for line in listed.stdout.splitlines() if line.startswith("  safeeraser"))
+
+
 def test_a_sweep_takes_a_judge_that_wants_to_be_told_which_model(tiny, tmp_path):
     from safeeraser.world import World, write_dataset
     data = write_dataset(World(0), tmp_path / "dataset", {"train": 2, "dev": 1})
