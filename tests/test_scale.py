@@ -107,7 +107,7 @@ def test_each_image_goes_to_one_server_and_both_have_work(two, tiny, tmp_path):
     assert again.read_bytes() == (tmp_path / "a.jsonl").read_bytes()  # nor does their order matter
 
 
-def test_a_server_that_dies_in_the_middle_has_its_work_taken_over(two, tiny, tmp_path, hasty):
+def test_a_server_that_dies_in_the_middle_has_its_work_taken_over(two, tiny, tmp_path, hasty, caplog):
     one, other = two
     answered = []
     def dying(handler, n):
@@ -122,7 +122,7 @@ def test_a_server_that_dies_in_the_middle_has_its_work_taken_over(two, tiny, tmp
     by_one = Counter(json.dumps(c["messages"]) for c in answered)
     by_other = Counter(json.dumps(c["messages"]) for c in other.seen)
     assert (by_one + by_other).total() == len(found) == len(plan_requests(tiny.data))  # each answered, and paid, once
-    assert not parts_of(tmp_path / "r.jsonl")
+    assert not parts_of(tmp_path / "r.jsonl") and f"{one.url}: nobody listens there; others take over" in caplog.messages
 
 
 def test_where_all_servers_die_what_is_done_is_kept(two, tiny, tmp_path, hasty):
