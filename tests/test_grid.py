@@ -215,7 +215,7 @@ def test_the_verb_says_what_is_wrong(tiny, tmp_path):
     fails("--grid lora_r: name=value", "--grid", "lora_r")
     fails("grid seed: seeds are no setting", "--grid", "seed=1,2")
     fails("did you mean learning_rate?", "--set", "learning_rat=1")
-    fails("--judge guard wants --model", "--judge", "guard")
+    fails("--judge guard wants --judge-set model", "--judge", "guard")
     fails("--judge-set x: name=value", "--judge-set", "x")
     fails("--slurm does nothing without --submit", "--slurm", "partition=gpu")
     fails("--submit 'pbs': one of slurm, local", "--submit", "pbs")
