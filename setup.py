@@ -10,7 +10,7 @@ ini.read_string((ROOT / "settings.ini").read_text(encoding="utf-8"))
 cfg = ini["DEFAULT"]
 
 words = lambda key: cfg.get(key, "").split()
-extras = {name: words(f"{name}_requirements") for name in ("qlora", "deepspeed", "notebook", "data", "server", "real")}
+extras = {name: words(f"{name}_requirements") for name in ("qlora", "deepspeed", "notebook", "data", "server", "grid", "real")}
 
 setup(
     name=cfg["lib_name"],

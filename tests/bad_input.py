@@ -210,7 +210,8 @@ BINARY_FILES = [("model/model.safetensors", "generate", GENERATE), ("run/adapter
 NUMBERS, TEXTS = ["x", "", "nan", "inf", "-1", "1e400", "1.5", "9" * 40], ["", "no/such/thing", "\ud800", "x" * 5000]
 OPTIONS = {  # a command that works, and its options: each is given each wrong value in turn
     "generate": (GENERATE, {"--samples": NUMBERS, "--temperature": NUMBERS, "--top-p": [*NUMBERS, "0", "2"], "--max-new-tokens": NUMBERS, "--batch-size": NUMBERS, "--batch-tokens": NUMBERS,
-                            "--seed": NUMBERS, "--splits": ["", "none", "val,val", ","], "--adapter": TEXTS, "--model": TEXTS, "--data": TEXTS, "--server": ["nonsense", "http://127.0.0.1:1/v1", "http://\n"]}),
+                            "--seed": NUMBERS, "--splits": ["", "none", "val,val", ","], "--adapter": TEXTS, "--model": TEXTS, "--data": TEXTS, "--server": ["nonsense", "http://127.0.0.1:1/v1", "http://\n"],
+                            "--engine": ["", "nonsense", "vllm"], "--python": TEXTS, "--gpus": NUMBERS, "--engine-args": ["--seed 1"]}),
     "unlearn": (NEW_RUN, {"--seed": NUMBERS, "--method": ["", "nonsense", "npo(beta=0)", "npo(beta=nan)", "npo(beta=-1)", "po+po", "1e400 po", "-1 po"], "--preset": TEXTS, "--config": TEXTS, "--model": TEXTS, "--data": TEXTS}),
     "judge": ([*JUDGE, "--judge", "rule"], {"--judge": ["", "nonsense", "server", "guard", "chat"], "--at-once": NUMBERS, "--view": ["", "nonsense"], "--calibrate": TEXTS, "--out": ["world", "/dev/null/x"]}),
     "report": (REPORT, {"--judge": ["", "nobody", "rule2"], "--out": ["world", "/dev/null/x"], "--page": ["world"], "--csv": ["world"], "--markdown": ["world"]}),
@@ -220,6 +221,9 @@ OPTIONS = {  # a command that works, and its options: each is given each wrong v
     "world": (["world", "--out", "new", "--records", "2"], {"--seed": ["x", "", "nan", "1.5", "9" * 40, "-1"], "--records": ["x", "0", "-1", "1.5"]}),
     "sweep": (["sweep", "--model", "model", "--data", "world/dataset", "--method", "po", "--out", "new", "--grid", "lora_r=2", *SMALL],
               {"--grid": ["", "lora_r", "lora_r=", "lora_r=4,x", "learning_rate=1e-3,NaN", "seed=1,2", "nonsense=1"], "--judge": ["", "nonsense"], "--seed": NUMBERS[:5]}),
+    "grid": (["grid", "--model", "model", "--data", "world/dataset", "--methods", "po", "--out", "new", *SMALL],
+             {"--methods": ["", "nonsense", "po,po", ","], "--seeds": ["", "x", "-1", "1,1", "9" * 10, "9" * 40], "--grid": ["", "lora_r", "lora_r=4,x", "seed=1,2"], "--judge": ["", "nonsense", "guard"],
+              "--judge-set": ["", "x", "model=m"], "--submit": ["", "pbs", "slurm"], "--slurm": ["", "x", "partition=gpu"], "--splits": ["", "none"], "--engine": ["nonsense", "vllm"], "--python": TEXTS}),
     "specificity": (["specificity", "model", "--run", "run", "--python", "python3"], {"--python": TEXTS, "--limit": NUMBERS[:5], "--run": TEXTS}),
     "data convert": (["data", "convert", "labels.jsonl", "--out", "new"], {"--split": ["", "a/b", "../x"], "--column": ["", "x", "image=", "nonsense=a"], "--harmless": TEXTS}),
 }

@@ -21,8 +21,8 @@ ROOT_COMMAND = typer.main.get_command(app)
 VERBS = {(*group, c.callback.__name__): c for group, of in (((), app), (("data",), next(g.typer_instance for g in app.registered_groups)))
          for c in of.registered_commands}
 TAKING = [pytest.param(group, function, id=f"{group[-1]} {function}") for group, c in VERBS.items() for function in getattr(c.callback, "taken", ())]
-PARTLY = {"trainer.unlearn", "plan.plan", "check.check_dataset", "published.read_authors", "specificity.specificity", "specificity.lmms_command"}  # by `only`
-DIFFERENT = {("unlearn", n) for n in ("model", "data", "method", "out")} | {("plan", n) for n in ("model", "data", "method")} | {("sweep", "judge"), ("make_answers", "max_new_tokens")}  # defaults
+PARTLY = {"trainer.unlearn", "plan.plan", "check.check_dataset", "published.read_authors", "specificity.specificity", "specificity.lmms_command", "bulk.bulk_generate"}  # by `only`
+DIFFERENT = {("unlearn", n) for n in ("model", "data", "method", "out")} | {("plan", n) for n in ("model", "data", "method")} | {("sweep", "judge"), ("make_answers", "max_new_tokens"), *((verb, n) for verb in ("generate", "grid_command") for n in ("engine", "python"))}  # defaults
 
 
 def words(text): return re.sub(r"[\s-]+", " ", text).strip().lower()
@@ -60,7 +60,7 @@ def test_an_option_is_its_function_s_parameter_and_its_help_the_docment(key, fun
         assert words(option.help) and words(told[name] or "") in words(option.help)
         if (key[-1], name) not in DIFFERENT:
             assert option.required == (default is inspect.Parameter.empty) and (option.required or option.default == default)
-    if function in PARTLY or key[-1] == "make_answers" and function == "generate.generate": return
+    if function in PARTLY or key[-1] in ("make_answers", "grid_command") and function == "generate.generate": return
     left = {n for n, p in parameters.items() if n not in taken and p.kind is not p.VAR_KEYWORD and sayable(p.annotation)}
     assert left <= {"progress"}, "the verb lacks what its function has"
 
