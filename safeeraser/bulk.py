@@ -201,7 +201,8 @@ def _started(model: str, name: str, place: Path, engine: str, python: str, devic
 def _tell_ended(servers: list[Kept], name: str):
     for s in servers:
         if s.keeper.poll() is None: continue
-        print(f"safeeraser: a server of {name} has ended and others answered for it; its log is {s.log}", file=sys.stderr)
+        said = f"a server of {name} has ended and others answered for it; its log is {s.log}"
+        print(f"safeeraser: {said}", file=sys.stderr)
 
 # %% ../nbs/46_bulk.ipynb #b46a0036
 @contextmanager

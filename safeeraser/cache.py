@@ -7,8 +7,7 @@ __all__ = ['fingerprints', 'frozen_fingerprint', 'FeatureStore', 'VisionCache', 
 
 # %% ../nbs/34_cache.ipynb #84ee769f
 import hashlib, os
-from collections import OrderedDict
-from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,24 +15,31 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import log_softmax
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .encoder import Kept
 from .model import anatomy, vanilla
-from .packed import packed_log_probs, tolerance, unwrapped
+from .loss import Scores
+from .packed import packed_scores, unwrapped
 
 # %% ../nbs/34_cache.ipynb #ecec6cb4
+@lru_cache(maxsize=8)
+def _weights(columns: int, device: torch.device) -> torch.Tensor:
+    "Two odd factors for each column, always the same: [2, 1, columns]."
+    g = torch.Generator().manual_seed(0)
+    return (torch.randint(-2**63, 2**63 - 1, (2, columns), generator=g).to(device) | 1).unsqueeze(1)
+
+
 def fingerprints(x: torch.Tensor  # [rows, ...], any dtype
                  ) -> list[str]:
     "A 128-bit fingerprint of each row's bytes, as hexadecimal digits."
     rows = x.detach().reshape(len(x), -1).contiguous().view(torch.uint8).reshape(len(x), -1)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(torch.int64)  # reads 8 bytes as a number
-    g = torch.Generator().manual_seed(0)
-    weights = torch.randint(-2**63, 2**63 - 1, (2, rows.shape[1]), generator=g).to(x.device) | 1
-    sums = [((rows ^ (rows >> 29)) * w).sum(1).tolist() for w in weights]
+    rows = rows ^ rows >> 29
+    sums = torch.stack([(rows * w).sum(1) for w in _weights(rows.shape[1], x.device)], 1).tolist()
     kind = f"{x.dtype}{tuple(x.shape[1:])}"
-    return [hashlib.blake2b(repr((kind, *pair)).encode(), digest_size=16).hexdigest() for pair in zip(*sums)]
+    return [hashlib.blake2b(repr((kind, *pair)).encode(), digest_size=16).hexdigest() for pair in sums]
 
 # %% ../nbs/34_cache.ipynb #36025527
 def frozen_fingerprint(module: torch.nn.Module) -> str:
@@ -44,29 +50,22 @@ def frozen_fingerprint(module: torch.nn.Module) -> str:
     return hashlib.blake2b(seen.encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/34_cache.ipynb #4895c165
-class FeatureStore:
+class FeatureStore(Kept):
     "Tensors by name, in memory up to a bound and then in a folder."
     def __init__(self, limit: float,                # bytes kept in memory
                  folder: str | Path | None = None):  # where the rest goes; None: it is forgotten
-        self.limit, self.folder, self.kept, self.size = limit, folder and Path(folder), OrderedDict(), 0
-        self.disk_full = False
+        super().__init__(limit)
+        self.folder, self.disk_full = folder and Path(folder), False
 
     def get(self, name: str) -> dict[str, torch.Tensor] | None:
         "What was put under a name, or None."
-        if name in self.kept:
-            self.kept.move_to_end(name)
-            return self.kept[name]
-        try: return load_file(self.folder/f"{name}.safetensors") if self.folder else None
+        if (found := super().get(name)) is not None or not self.folder: return found
+        try: return load_file(self.folder/f"{name}.safetensors")
         except (OSError, SafetensorError): return None
 
     def put(self, name: str, tensors: dict[str, torch.Tensor]):
         "Keep tensors under a name."
-        self.kept[name] = tensors
-        self.size += _bytes(tensors)
-        while self.size > self.limit and self.kept:
-            old, dropped = self.kept.popitem(last=False)
-            self.size -= _bytes(dropped)
-            self._write(old, dropped)
+        for old, dropped in super().put(name, tensors): self._write(old, dropped)
 
 # %% ../nbs/34_cache.ipynb #91add384
 @patch
@@ -82,9 +81,6 @@ def _write(self: FeatureStore, name: str, tensors: dict[str, torch.Tensor]):
     except (OSError, SafetensorError):
         self.disk_full = True
         part.unlink(missing_ok=True)
-
-# %% ../nbs/34_cache.ipynb #386da679
-def _bytes(tensors: dict[str, torch.Tensor]) -> int: return sum(t.nbytes for t in tensors.values())
 
 # %% ../nbs/34_cache.ipynb #a6e8eda0
 class VisionCache:
@@ -179,55 +175,33 @@ class ReferenceCache:
 
 # %% ../nbs/34_cache.ipynb #86e97986
 @patch
-def log_probs(self: ReferenceCache, model,  # as it is; the vanilla model is asked
-              batch: dict,                  # a packed batch, see `safeeraser.packed.stack_rows`
-              route: str) -> torch.Tensor:
-    "What `packed_log_probs` gives under `vanilla(model)`: [N, V]."
+def scores(self: ReferenceCache, model,  # as it is; the vanilla model is asked
+           batch: dict,                  # a packed batch, see `safeeraser.packing.stack_rows`
+           route: str) -> Scores:
+    "What `packed_scores` gives under `vanilla(model)`."
     if (own := _whole(model)) is None: own, self.why = model, "each rank holds a part of the weights"
-    sizes = _label_counts(batch)
+    sizes = batch["places"]["a_segment"]
     names = [f"{name}-{n}" for name, n in zip((name for row in batch["names"] for name in row), sizes)]
     found = [] if self.why else [self.store.get(n) for n in names]
-    head, device = unwrapped(model).get_output_embeddings(), batch["labels"].device
-    with torch.no_grad():
-        if found and all(found):
-            return log_softmax(head(torch.cat([f["hidden"] for f in found]).to(device)).float(), -1)
-        self.computed += len(names)
-        with vanilla(own), _input_of(head) as seen: log_probs = packed_log_probs(own, batch, route)
-        if not self.why: self._keep(names, sizes, batch, seen[0], log_probs, head)
-    return log_probs
+    if found and all(found):
+        hidden = torch.cat([f["hidden"] for f in found]).to(batch["labels"].device)
+        return Scores(hidden, unwrapped(model).get_output_embeddings())
+    self.computed += len(names)
+    with torch.no_grad(), vanilla(own): scores = packed_scores(own, batch, route)
+    if not self.why: self._keep(names, sizes, scores)
+    return scores
 
 # %% ../nbs/34_cache.ipynb #4683ac02
 @patch
-def _keep(self: ReferenceCache, names: list[str], sizes: list[int], batch: dict,
-          hidden: torch.Tensor,     # what the head was given
-          log_probs: torch.Tensor,  # what the model made of it
-          head: torch.nn.Module):
+def _keep(self: ReferenceCache, names: list[str], sizes: list[int], scores: Scores):
     "Hidden states into the store, segment by segment; none, where the head alone does not say what the model says."
-    at = batch["labels"] != -100
-    hidden = hidden[at[:, at.any(0)]]
-    off = (log_softmax(head(hidden).float(), -1) - log_probs).abs()
-    if off.numel() and off.max() > tolerance(head):
+    if scores.head is None:
         self.why = "this model does more to its scores than its head"
         return
-    for name, part in zip(names, hidden.split(sizes)): self.store.put(name, {"hidden": part.cpu().clone()})
-
-# %% ../nbs/34_cache.ipynb #7b63f118
-def _label_counts(batch: dict) -> list[int]:
-    "Labels of each segment, which a pass that only keeps step has none of."
-    parts = [row[:sum(n)].split(n) for row, n in zip(batch["labels"], batch["lengths"])]
-    return [int((own != -100).sum()) for _, *segments in parts for own in segments]
+    for name, part in zip(names, scores.states.split(sizes)): self.store.put(name, {"hidden": part.cpu().clone()})
 
 # %% ../nbs/34_cache.ipynb #cd4bb3ff
 def _whole(model):
     "The model whose passes no other rank waits for, so that each may leave some out; None where each holds a part."
     if isinstance(model, DistributedDataParallel): return model.module
     return None if hasattr(model, "module") or isinstance(model, FSDPModule) else model
-
-# %% ../nbs/34_cache.ipynb #490e1356
-@contextmanager
-def _input_of(module: torch.nn.Module):
-    "`with _input_of(head) as seen:` collects what the module is given."
-    seen = []
-    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try: yield seen
-    finally: hook.remove()

@@ -315,7 +315,7 @@ def make_answers(model: str | Path,         # the vanilla model: a folder, or a 
         if found := _finished(out, split, made): return found
         _check_new(out, split)
         write_whole(folder/"all_draft.json", draft)
-        rows = read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], **settings))
+        rows = read_rows(generate(model, folder, folder/"answers.jsonl", splits=["draft"], shard="0/1", **settings))
         answers = {(r["set"], r["image_id"], r["question"]): r["response"] if answer_of(r) else "" for r in rows}
         records = [_answered(r, answers) for r in load_records(folder, "draft")]
         kept, empty = [r for r in records if r.unsafe or r.harmless], sum(not a for a in answers.values())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SafeEraserError', 'Place', 'first_line', 'did_you_mean', 'told', 'out_of_memory', 'time_limit', 'read_text',
            'lines_of', 'well_formed', 'check_form', 'parse_json', 'read_json', 'plain_file', 'write_whole',
-           'write_json', 'only_here', 'new_folder', 'progress_bar', 'quiet_bars', 'cpu_threads', 'keep_freed_memory',
-           'environment']
+           'write_json', 'Busy', 'only_here', 'new_folder', 'progress_bar', 'quiet_bars', 'cpu_threads',
+           'keep_freed_memory', 'environment', 'other_environment']
 
 # %% ../nbs/00_core.ipynb #6feeebc3
 import ctypes, difflib, json, os, platform, shutil, sys, time
@@ -220,12 +220,16 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, complete or not at all."
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
+# %% ../nbs/00_core.ipynb #b10c0001
+class Busy(SafeEraserError):
+    "Another process is at it."
+
 # %% ../nbs/00_core.ipynb #cell025
-def _lock_on(file: Path):
-    "A lock on the file that bears this name, once it is ours; raises `Timeout` where it is another's."
+def _lock_on(file: Path, wait: float):
+    "A lock on the file that bears this name, once it is ours; raises `Timeout` where it is another's for so long."
     while True:
         lock = FileLock(file)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
         try:
             if os.path.samestat(os.fstat(lock._context.lock_file_fd), os.stat(file)): return lock
         except FileNotFoundError: pass
@@ -233,15 +237,16 @@ def _lock_on(file: Path):
 
 # %% ../nbs/00_core.ipynb #c39d29fc
 @contextmanager
-def only_here(path: str | Path  # what is being written; the lock lies beside it
+def only_here(path: str | Path,  # what is being written; the lock lies beside it
+              wait: float = 0    # seconds for which another process may have it
               ):
-    "`with only_here(path)`: raises `SafeEraserError` where another process is writing there."
+    "`with only_here(path)`: raises `Busy` where another process is writing there."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_on(path.with_name(f".{path.name}.lock"))
+        lock = _lock_on(path.with_name(f".{path.name}.lock"), wait)
     except Timeout:
-        raise SafeEraserError(f"{path}: another process is writing there; wait for it or name another --out") from None
+        raise Busy(f"{path}: another process is writing there; wait for it or name another --out") from None
     except OSError as e:
         raise SafeEraserError(f"{path}: cannot be written ({e.strerror})") from None
     try: yield
@@ -315,3 +320,8 @@ def environment() -> dict:
     packages = {package: version(package) for package in ("torch", "transformers", "peft", "accelerate")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
     return {"python": platform.python_version(), **packages, "device": device}
+
+# %% ../nbs/00_core.ipynb #b10c0003
+def other_environment() -> dict[str, str]:
+    "The environment variables for another Python: without the path that would bring this one's packages into it."
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

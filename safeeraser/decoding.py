@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLING', 'LENGTH', 'ENDS', 'RETURNED', 'OURS', 'UNKNOWN_ROOM', 'ends_of', 'decoding_config', 'own_settings',
-           'stop_strings', 'only_by_generate', 'settings_in_force', 'Rules', 'BrokenModel', 'Finite', 'RowSampler',
-           'opening_of', 'Openings', 'Steps', 'steps_for', 'room_for', 'Stops', 'Answer', 'answer_from']
+           'stop_strings', 'only_by_generate', 'settings_in_force', 'Rules', 'BrokenModel', 'Finite', 'mixed',
+           'uniform', 'gumbel', 'nucleus', 'RowSampler', 'opening_of', 'Openings', 'Steps', 'steps_for', 'room_for',
+           'Stops', 'Answer', 'answer_from']
 
 # %% ../nbs/40_decoding.ipynb #2ead0d53
 import copy
@@ -134,41 +135,79 @@ class BrokenModel(SafeEraserError):
 
 # %% ../nbs/40_decoding.ipynb #58aab07d
 class Finite:
-    "Passes scores through; raises `SafeEraserError` naming the question where they are not finite."
+    "Passes scores through; raises `BrokenModel` naming the question where they are not finite."
     def __init__(self, items: list[Item]): self.items = items
     def rows(self, kept: list[int]) -> "Finite": return Finite([self.items[i] for i in kept])
 
     def __call__(self, written, scores: torch.Tensor) -> torch.Tensor:
-        good = scores.float().logsumexp(-1).isfinite()
-        if not good.all():
-            item = self.items[int(good.int().argmin())]
-            raise BrokenModel(f"{item.image_id}, question {item.question!r:.60}: the model's scores are not finite "
-                              "(NaN or overflow); its weights or its adapter are broken, "
-                              "so nothing it says is an answer")
+        self.check(scores.float().logsumexp(-1).isfinite().tolist())
         return scores
 
+    def check(self, finite: list[bool]):  # of each row's scores
+        "Raise `BrokenModel` for the first question whose scores are not."
+        if all(finite): return
+        item = self.items[finite.index(False)]
+        raise BrokenModel(f"{item.image_id}, question {item.question!r:.60}: the model's scores are not finite "
+                          "(NaN or overflow); its weights or its adapter are broken, "
+                          "so nothing it says is an answer")
+
 # %% ../nbs/40_decoding.ipynb #2e2d8726
+_LOW = 2**32 - 1  # 32 bits
+
+
+def mixed(x):  # whole numbers from 0 to 2**32 - 1: one, or an int64 tensor
+    "Other numbers of 32 bits, one to one, each bit of which hangs on all bits of `x`."
+    x = x ^ x >> 16
+    for factor, shift in ((0x7feb352d, 15), (-0x7b935975, 16)):
+        x *= factor
+        x &= _LOW
+        x ^= x >> shift
+    return x
+
+# %% ../nbs/40_decoding.ipynb #d0a1c003
+def uniform(seeds: torch.Tensor,  # [n] int64, one a row, from 0
+            position: int,        # in the answer, from 0
+            words: int            # size of the vocabulary
+            ) -> torch.Tensor:
+    "Numbers between 0 and 1, a function of seed, position and token alone: [n, words]."
+    low, high = seeds & _LOW, seeds >> 32
+    factor = mixed(mixed(mixed(low) ^ high) + position & _LOW) >> 1 | 1  # 31 bits: products fit into 63
+    summand = mixed(mixed(mixed(high) + low & _LOW) ^ mixed(position))
+    token = mixed(torch.arange(words, device=seeds.device))
+    drawn = mixed((token * factor.unsqueeze(1)).add_(summand.unsqueeze(1)).bitwise_and_(_LOW))
+    return drawn.float().add_(.5).mul_(2**-32).clamp_(max=1 - 2**-24)  # the largest float32 below 1
+
+
+def gumbel(seeds: torch.Tensor, position: int, words: int) -> torch.Tensor:
+    "Gumbel noise, as for `uniform`; its upper tail is the finer one, since small numbers of float32 are."
+    return uniform(seeds, position, words).neg_().log1p_().neg_().log_().neg_()
+
+# %% ../nbs/40_decoding.ipynb #d0a1c008
+def nucleus(logp: torch.Tensor,  # [n, V]
+            top_p: float         # above 0, at most 1
+            ) -> torch.Tensor:
+    "Log-probabilities with those outside of the nucleus impossible."
+    if top_p >= 1: return logp
+    ordered, index = logp.sort(descending=True, stable=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # mass in front of each token
+    return logp.scatter(1, index, ordered.masked_fill(before >= top_p, -torch.inf))
+
+# %% ../nbs/40_decoding.ipynb #d0a1c007
 class RowSampler:
-    "Turns greedy decoding into nucleus sampling with one random stream a row."
-    def __init__(self, seeds: list[int],       # one a row
-                 temperature: float = 1.0,     # above 0
-                 top_p: float = 0.9):          # above 0, at most 1
-        self.streams = [torch.Generator().manual_seed(s) for s in seeds]
-        self.temperature, self.top_p = temperature, top_p
+    "Turns greedy decoding into nucleus sampling, each row by a seed of its own."
+    def __init__(self, seeds: list[int] | torch.Tensor,  # one a row, from 0 to 2**63 - 1
+                 temperature: float = 1.0,               # above 0
+                 top_p: float = 0.9):                    # above 0, at most 1
+        self.seeds, self.temperature, self.top_p = torch.as_tensor(seeds, dtype=torch.long), temperature, top_p
 
     def rows(self, kept: list[int]) -> "RowSampler":
-        "A sampler for some rows, in the order given; their streams go on."
-        fewer = RowSampler([], self.temperature, self.top_p)
-        fewer.streams = [self.streams[i] for i in kept]
-        return fewer
+        "A sampler for some rows, in the order given."
+        return RowSampler(self.seeds[kept], self.temperature, self.top_p)
 
-    def __call__(self, written, scores: torch.Tensor) -> torch.Tensor:
-        logp = (scores.float() / self.temperature).log_softmax(-1)
-        ordered, index = logp.sort(descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass in front of each token
-        logp = logp.scatter(1, index, ordered.masked_fill(before >= self.top_p, -torch.inf))
-        noise = torch.stack([-torch.empty(scores.shape[1]).exponential_(generator=g).log() for g in self.streams])
-        return logp + noise.to(logp.device)
+    def __call__(self, written: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seeds = self.seeds.to(scores.device)
+        logp = nucleus((scores.float() / self.temperature).log_softmax(-1), self.top_p)
+        return logp + gumbel(self.seeds, written.shape[1], scores.shape[1])
 
 # %% ../nbs/40_decoding.ipynb #14f75e91
 def opening_of(encoder: Encoder, item: Item,
@@ -197,15 +236,23 @@ class Openings:
 
 # %% ../nbs/40_decoding.ipynb #fc25a927
 class Steps:
-    "Several things done to scores, one after the other, each knowing its rows; keeps the chosen tokens' probabilities."
-    def __init__(self, *steps): self.steps, self.confidences = steps, []  # [n] for each token so far
-    def rows(self, kept: list[int]) -> "Steps": return Steps(*(s.rows(kept) for s in self.steps))
+    "Several things done to scores, one after the other, each knowing its rows; keeps what was chosen, and how surely."
+    def __init__(self, finite: Finite, *steps):
+        self.finite, self.steps = finite, steps
+        self.chosen, self.confidences = [], []  # [n] for each token so far, on the CPU
+
+    def rows(self, kept: list[int]) -> "Steps":
+        return Steps(self.finite.rows(kept), *(s.rows(kept) for s in self.steps))
 
     def __call__(self, written: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         own = scores.float()
         for step in self.steps: scores = step(written, scores)
-        chosen = scores.argmax(-1, keepdim=True)
-        self.confidences.append((own.gather(1, chosen) - own.logsumexp(-1, keepdim=True)).exp().squeeze(1))
+        chosen, total = scores.argmax(-1), own.logsumexp(-1)
+        sure = (own.gather(1, chosen.unsqueeze(1)).squeeze(1) - total).exp()
+        told = torch.stack([chosen.int(), sure.view(torch.int32), total.isfinite().int()]).cpu()
+        self.finite.check(told[2].bool().tolist())
+        self.chosen.append(told[0].long())
+        self.confidences.append(told[1].view(torch.float32))
         return scores
 
 # %% ../nbs/40_decoding.ipynb #dd5071bf
@@ -214,11 +261,11 @@ def steps_for(model, config, items: list[Item], prompts: list[list[int]],
               openings: list[list[int]] | None = None,  # tokens that each answer begins with
               ) -> Steps:
     "What is done to the scores of these questions' next tokens."
-    steps, rules = [Finite(items)], Rules(model, config, prompts)
+    steps, rules = [], Rules(model, config, prompts)
     if rules: steps.append(rules)
     if sampler: steps.append(sampler)
     if openings: steps.append(Openings(openings))
-    return Steps(*steps)
+    return Steps(Finite(items), *steps)
 
 # %% ../nbs/40_decoding.ipynb #d6f50b71
 UNKNOWN_ROOM = 2**15  # of models that don't tell how long a text they were made for

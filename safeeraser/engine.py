@@ -140,10 +140,11 @@ class AnswerCache:
         across, lse_across = attend_to_images(self.prefixes, self.owner, layer, q, scale)
         return merge_attention(across, lse_across, own.reshape(q.shape), lse_own.reshape(q.shape[:3]))[0]
 
-    def keep(self, rows: torch.Tensor):
+    def keep(self, rows: torch.Tensor):  # on the CPU
         "Go on with some rows only."
-        self.owner, self.first = [self.owner[i] for i in rows.tolist()], self.first[rows]
-        self.layers = {layer: held[:, rows] for layer, held in self.layers.items()}
+        here = rows.to(self.first.device)
+        self.owner, self.first = [self.owner[i] for i in rows.tolist()], self.first[here]
+        self.layers = {layer: held[:, here] for layer, held in self.layers.items()}
 
 # %% ../nbs/41_engine.ipynb #7c1d1a42
 def left_padded(questions: list[torch.Tensor],
@@ -213,22 +214,23 @@ def write(engine: SharedPass, rows: list[PackedRow], max_new_tokens: int, steps:
           ) -> Iterator[tuple[int, int, float]]:
     "Answers as they are written: number of the row, token, its probability under the model."
     cache, ids, positions = engine.begin(rows, min(max_new_tokens, int(stops.room.max())))
-    numbers, going, written = torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.bool), ids[:, :0]
+    numbers, going = torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.bool)
+    written = torch.empty(len(ids), 0, dtype=torch.long)  # on the CPU, as all that Python looks at
     for _ in range(max_new_tokens):
-        token = steps(written, engine.step(cache, ids, positions)).argmax(-1)
-        written, found = torch.cat([written, token.unsqueeze(1)], 1), token.tolist()
+        ids = steps(written, engine.step(cache, ids, positions)).argmax(-1, keepdim=True)
+        written, found = torch.cat([written, steps.chosen[-1].unsqueeze(1)], 1), steps.chosen[-1].tolist()
         for n, t, confidence, on in zip(numbers.tolist(), found, steps.confidences[-1].tolist(), going.tolist()):
             if on: yield n, t, confidence
-        going &= torch.tensor([t not in ends for t in found]) & ~stops(written).cpu()
+        going &= torch.tensor([t not in ends for t in found]) & ~stops(written)
         if not going.any(): return
         positions = positions[:, -1:] + 1
         if going.float().mean() < WORTH_MOVING:
             kept = going.nonzero().flatten()
-            here = kept.to(token.device)
-            numbers, going, written, positions = numbers[kept], going[kept], written[here], positions[here]
-            cache.keep(here)
+            here = kept.to(ids.device)
+            numbers, going, written = numbers[kept], going[kept], written[kept]
+            ids, positions = ids[here], positions[here]
+            cache.keep(kept)
             steps, stops = steps.rows(kept.tolist()), stops.rows(kept.tolist())
-        ids = written[:, -1:]
 
 # %% ../nbs/41_engine.ipynb #7e9c74f0
 def _prompts(row: PackedRow) -> list[list[int]]:

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['LONG_IMAGE', 'ASKED', 'answer_batch', 'Request', 'Decoding', 'check_options', 'engine_for', 'begun_thought',
-           'in_batches', 'LocalModel', 'response_row', 'answer', 'plan_requests', 'append', 'resume_rows',
-           'ServedModel', 'generate']
+           'by_image', 'in_batches', 'LocalModel', 'response_row', 'answer', 'plan_requests', 'append', 'rows_in',
+           'resume_rows', 'Standby', 'shard_of', 'in_shard', 'part_of', 'parts_of', 'ServedModel', 'generate']
 
 # %% ../nbs/43_generate.ipynb #74a9a43a
-import hashlib, json, re
+import hashlib, heapq, json, os, re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,13 +25,13 @@ from .data import Item, load_sets, settings_of
 from .encoder import Encoder, image_digest
 from .rows import _object, JUDGED, read_rows, row_key, SCHEMA_VERSION, write_rows
 from .records import files_digest, read_record
-from .model import adapter_file, load_adapter, load_model
+from .model import adapter_file, load_adapter, load_model, merge_adapter
 from .packed import attention_of, set_attention
 from .decoding import (
     Answer, answer_from, decoding_config, Finite, only_by_generate, opening_of, Openings, own_settings, RowSampler,
     settings_in_force, Steps, steps_for, Stops)
 from .engine import check_engine, Engine, own_scores
-from .server import ask_all, Call, check_url, Reply, Server
+from .server import as_they_come, Call, Reply, Servers, servers_at, urls_of
 
 # %% ../nbs/43_generate.ipynb #cell008
 def _by_generate(model, inputs: dict, config, steps: Steps, stops: Stops) -> list[list[int]]:
@@ -146,6 +148,7 @@ def _whole_number(least: int, most: int):
 _OPTIONS = {"samples": _whole_number(1, 1000), "seed": _whole_number(0, 2**32 - 1),
             "max_new_tokens": _whole_number(1, 10**18),
             "batch_size": _whole_number(1, 2**31), "batch_tokens": _whole_number(1, 2**62),
+            "at_once": _whole_number(1, 1024),
             "temperature": (lambda v: v == 0 or 1e-6 <= v <= 1e6, "0 (greedy) or a number from 0.000001 to 1,000,000"),
             "top_p": (lambda v: 0 < v <= 1, "a number above 0, at most 1")}
 
@@ -158,6 +161,14 @@ def check_options(**options):
             raise SafeEraserError(f"{name}={value!r:.60}: {wanted} belongs here")
     if options.get("samples", 1) > 1 and options["temperature"] <= 0:
         raise SafeEraserError(f"samples={options['samples']} greedy responses would all be equal; set temperature > 0")
+
+# %% ../nbs/43_generate.ipynb #5ca1e052
+def _check_idle(adapter, server, at_once: int | None, merge: bool | None):
+    "Raises `SafeEraserError` where an option would do nothing."
+    check_options(at_once=at_once)
+    idle = "with --server" if server else "" if adapter else "without --adapter"
+    if at_once and not server: raise SafeEraserError("--at-once does nothing without --server; leave it out")
+    if merge is not None and idle: raise SafeEraserError(f"--merge does nothing {idle}; leave it out")
 
 # %% ../nbs/43_generate.ipynb #54f997b4
 LONG_IMAGE = 64  # tokens of a prompt from which on reading it once is faster than reading it for every question
@@ -181,13 +192,17 @@ def begun_thought(encoder: Encoder, question: str) -> str:
     return found[0].strip() + "\n" if found else ""
 
 # %% ../nbs/43_generate.ipynb #828971fb
+def by_image(requests: list[Request]) -> list[Request]:
+    "The requests with all questions about an image together, images as they come."
+    images = {image: n for n, image in enumerate(dict.fromkeys(r.item.image for r in requests))}
+    return sorted(requests, key=lambda r: images[r.item.image])
+
+
 def in_batches(requests: list[Request], size: int,
-               by_image: bool  # questions about one image together; else those of like length
+               together: bool  # questions about one image; else those of like length
                ) -> list[list[Request]]:
     "Requests in the order in which they are best asked."
-    images = {image: n for n, image in enumerate(dict.fromkeys(r.item.image for r in requests))}
-    order = (lambda r: images[r.item.image]) if by_image else (lambda r: len(r.item.question))
-    ordered = sorted(requests, key=order)
+    ordered = by_image(requests) if together else sorted(requests, key=lambda r: len(r.item.question))
     return [ordered[k:k + size] for k in range(0, len(ordered), size)]
 
 # %% ../nbs/43_generate.ipynb #91f2ff31
@@ -206,7 +221,7 @@ class LocalModel:
     batch_size: int
     decoding: Decoding
     name: str = "the model"  # for messages
-    whole_batches = True     # rounding may differ from batch to batch, so a resumed run asks those of the first run
+    merged: bool = False     # whether an adapter was folded in
 
     def batches(self, requests: list[Request]): return in_batches(requests, self.batch_size, bool(self.engine))
 
@@ -223,7 +238,13 @@ class LocalModel:
         begun = [begun_thought(self.encoder, r.item.question) for r in batch]
         return [{"response": b + a} for b, a in zip(begun, self.answers(batch))]
 
-    def record(self) -> dict: return self.decoding.record() | _in_force(self.model)
+    def said(self, requests: list[Request], done: dict) -> Iterator[dict[Request, dict]]:
+        "The same, a batch at a time: those that lack a row of `done`, whole, for another batch may round otherwise."
+        for batch in self.batches(requests):
+            if any(_key(r) not in done for r in batch): yield dict(zip(batch, self.ask(batch)))
+
+    def record(self) -> dict:
+        return self.decoding.record() | ({"adapter": "merged"} if self.merged else {}) | _in_force(self.model)
 
 # %% ../nbs/43_generate.ipynb #cell023
 def response_row(request: Request, response: str, method: str, seed: int) -> dict:
@@ -343,19 +364,39 @@ def append(file: Path, new: bytes):
                               "what is done is kept, and the same command goes on from there") from None
 
 # %% ../nbs/43_generate.ipynb #803a6a46
-def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
-    "Rows that an interrupted run has left, by key; starts the file where there is none."
-    first = _line(header)
-    with told(part, "cannot be read"): held = part.read_bytes() if part.exists() else b""
-    if b"\n" not in held and first.startswith(held):  # stopped before the first line was whole
-        write_whole(part, first.decode())
-        return {}
+def _held(part: Path) -> bytes:
+    "What a part file holds by now; nothing where it is not there, or not any more."
+    try: return part.read_bytes()
+    except FileNotFoundError: return b""
+    except OSError as e: raise SafeEraserError(f"{part}: cannot be read ({e.strerror})") from None
+
+# %% ../nbs/43_generate.ipynb #5ca1e030
+def rows_in(part: Path, header: dict) -> dict[tuple, dict]:
+    "The whole rows of a part file, by key; raises `SafeEraserError` where it was begun for something else."
+    held = _held(part)
+    if b"\n" not in held and _line(header).startswith(held): return {}  # its first line is not whole yet
     head, *lines = held.split(b"\n")
     if _parsed(head) != header:
         raise SafeEraserError(f"{part} was begun with other settings, questions or images, or other weights; "
                               "remove it or name another --out")
-    if lines[-1]: append(part, b"\n")  # half a line stays behind, and is none of the rows
     return {_key_of_row(r): r for r in map(_row_in, lines) if r}
+
+
+def resume_rows(part: Path, header: dict) -> dict[tuple, dict]:
+    "Rows that an interrupted run has left, by key; starts the file where there is none."
+    done, held = rows_in(part, header), _held(part)
+    if b"\n" not in held: write_whole(part, _line(header).decode())
+    elif not held.endswith(b"\n"): append(part, b"\n")  # half a line stays behind, and is none of the rows
+    return done
+
+# %% ../nbs/43_generate.ipynb #b10c5a7e
+@dataclass(frozen=True)
+class Standby:
+    "A server that is started once there is something to ask."
+    name: str                  # of the program that answers: what rows say, and a file is begun for
+    start: Callable[[], str]   # starts it, and gives its URL
+
+    def __str__(self): return self.name
 
 # %% ../nbs/43_generate.ipynb #4274533b
 def _whose(model: str | Path, adapter: str | Path | None) -> tuple[str, int]:
@@ -374,14 +415,16 @@ def _digest(requests: list[Request]) -> str:
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../nbs/43_generate.ipynb #cf6c965a
-def _header(model, adapter, server: str | None, requests: list[Request], decoding: Decoding) -> dict:
+def _header(model, adapter, server: str | Standby | None, requests: list[Request], decoding: Decoding,
+            merge: bool | None = None) -> dict:
     "The first line of an unfinished file; raises `SafeEraserError` where the adapter or the server's URL is none."
-    if server: check_url(server)
+    if isinstance(server, str): server = ",".join(sorted(urls_of(server)))
     elif adapter: adapter_file(adapter)
     method, seed = _whose(model, adapter)
-    weights = {"server": server} if server else {"files": [files_digest(model), files_digest(adapter)]}
+    more = ({"server": str(server)} if server else {}) | ({} if merge is None else {"merge": merge})
+    if not isinstance(server, str): more["files"] = [files_digest(model), files_digest(adapter)]
     return {"schema_version": SCHEMA_VERSION, "model": str(model), "adapter": adapter and str(adapter),
-            "method": method, "seed": seed, "questions": _digest(requests), **asdict(decoding)} | weights
+            "method": method, "seed": seed, "questions": _digest(requests), **asdict(decoding)} | more
 
 
 def _run(header: dict) -> str:
@@ -406,34 +449,91 @@ def _check_one_model(rows: list[dict], part: Path):
 
 # %% ../nbs/43_generate.ipynb #dc225345
 def _ask(asker, part: Path, header: dict, requests: list[Request], done: dict, bar) -> str:
-    "Fill `done` and the file, batch by batch; returns why the last request that failed did."
+    "Fill `done` and the file as answers come; returns why the last request that failed did."
     method, seed, more = header["method"], header["seed"], {"decoding": asker.record(), "run": _run(header)}
-    for batch in asker.batches(requests):
-        new = [r for r in batch if _key(r) not in done]
-        asked = batch if new and asker.whole_batches else new
-        said = dict(zip(map(_key, asked), asker.ask(asked))) if asked else {}
-        rows = {_key(r): response_row(r, "", method, seed) | said[_key(r)] | more for r in new if said[_key(r)]}
-        _check_one_model([*done.values(), *rows.values()][-len(rows) - 1:], part)
-        append(part, b"".join(map(_line, rows.values())))
-        done |= rows
-        bar.update(len(batch))
+    last = list(done.values())[-1:]
+    for said in asker.said(requests, done):
+        new = {_key(r): response_row(r, "", method, seed) | kept | more
+               for r, kept in said.items() if _key(r) not in done}
+        _check_one_model([*last, *new.values()], part)
+        append(part, b"".join(map(_line, new.values())))
+        done |= new
+        last = [*last, *new.values()][-1:]
+        bar.update(len(new))
     return getattr(asker, "problem", "")
 
 # %% ../nbs/43_generate.ipynb #cell035
-def _fill(make_asker, part: Path, out: Path, header: dict, requests: list[Request], progress: bool):
-    "Ask what is missing in `part`; when all is there it becomes `out`."
-    done, problem = resume_rows(part, header), ""
+def _fill(asker, part: Path, header: dict, requests: list[Request], done: dict, progress: bool):
+    "Ask what is missing, into `part`; raises `SafeEraserError` where some got no answer."
+    resume_rows(part, header)
     try:
-        if any(_key(r) not in done for r in requests):
-            with progress_bar(total=len(requests), desc=f"{header['method']}: answers", show=progress) as bar:
-                problem = _ask(make_asker(requests), part, header, requests, done, bar)
+        with progress_bar(total=len(requests), desc=f"{header['method']}: answers", show=progress) as bar:
+            bar.update(sum(_key(r) in done for r in requests))
+            problem = _ask(asker, part, header, requests, done, bar)
     finally:
-        if not done: part.unlink(missing_ok=True)  # refused or stopped before the first answer: nothing to go on from
+        if not rows_in(part, header): part.unlink()  # refused or stopped before the first answer
     if missing := sum(_key(r) not in done for r in requests):
         raise SafeEraserError(f"{missing} of {len(requests)} questions got no answer ({problem}); "
                               "the others' are kept, and the same command asks these again")
-    write_rows(out, [done[_key(r)] for r in requests])
-    part.unlink()
+
+# %% ../nbs/43_generate.ipynb #5ca1e041
+_LAUNCHERS = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")  # who I am, of how many: torchrun, srun
+
+
+def _on_first_gpu() -> bool:
+    "Whether this process may show its progress: one bar is enough for a terminal."
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def shard_of(shard: str | None  # k/n, k from 0; None: as torchrun or srun says, else all
+             ) -> tuple[int, int]:
+    "A shard's number and how many there are; raises `SafeEraserError` where it is none."
+    launched = [f"{os.environ[k]}/{os.environ[n]}" for k, n in _LAUNCHERS if {k, n} <= os.environ.keys()]
+    said = [*launched, "0/1"][0] if shard is None else shard
+    found = re.fullmatch("([0-9]{1,5})/([0-9]{1,5})", said)
+    if found and int(found[1]) < int(found[2]): return int(found[1]), int(found[2])
+    raise SafeEraserError(f"--shard {said!r:.40}: k/n belongs here, k from 0 to n - 1, such as 0/4")
+
+# %% ../nbs/43_generate.ipynb #5ca1e044
+def in_shard(requests: list[Request], k: int, n: int) -> list[Request]:
+    "The requests of shard `k` of `n`: whole images, as many questions in each as can be."
+    emptiest, owner = [(0, shard) for shard in range(n)], {}
+    for image, questions in Counter(r.item.image for r in requests).most_common():
+        has, owner[image] = heapq.heappop(emptiest)
+        heapq.heappush(emptiest, (has + questions, owner[image]))
+    return [r for r in requests if owner[r.item.image] == k]
+
+# %% ../nbs/43_generate.ipynb #5ca1e048
+def part_of(file: Path, k: int, n: int) -> Path:
+    "Where a shard's rows are until all are there."
+    return file.with_name(f"{file.name}.part" if n == 1 else f"{file.name}.{k}-of-{n}.part")
+
+
+def parts_of(file: Path) -> list[Path]:
+    "The part files beside a file, of whatever shards."
+    name = re.compile(re.escape(file.name) + r"(\.\d+-of-\d+)?\.part")
+    return sorted(p for p in file.parent.glob("*.part") if name.fullmatch(p.name))
+
+# %% ../nbs/43_generate.ipynb #5ca1e049
+def _there(file: Path, header: dict, requests: list[Request],
+           but: Path | None = None  # a part that is not looked at
+           ) -> dict[tuple, dict]:
+    "The rows that are there, by key: in the parts, or in the file where it is finished."
+    done = {key: row for part in parts_of(file) if part != but for key, row in rows_in(part, header).items()}
+    return dict(zip(map(_key, requests), read_rows(file))) if _finished(file, header, requests) else done
+
+
+def _merged(file: Path, header: dict, requests: list[Request]) -> bool:
+    "Make the file of its parts, and remove these, if all rows are there: whoever ends last finds them all."
+    done = _there(file, header, requests)
+    if any(_key(r) not in done for r in requests): return False
+    with only_here(file, wait=60):
+        parts = parts_of(file)
+        if not _finished(file, header, requests):
+            _check_one_model([*done.values()], parts[0])
+            write_rows(file, [done[_key(r)] for r in requests])
+        for part in parts: part.unlink(missing_ok=True)
+    return True
 
 # %% ../nbs/43_generate.ipynb #fda12b76
 def _heard(reply: Reply, asked: str) -> dict:
@@ -447,28 +547,24 @@ def _heard(reply: Reply, asked: str) -> dict:
 # %% ../nbs/43_generate.ipynb #cell034
 @dataclass
 class ServedModel:
-    "A model behind an OpenAI-compatible server that answers requests."
-    server: Server
+    "A model behind one or several OpenAI-compatible servers that answers requests."
+    server: Servers
     decoding: Decoding
+    engine: str = ""         # which program serves it, where that is known
     problem: str = ""        # why the last request that failed did
-    whole_batches = False    # every answer is asked, and paid, once
 
-    def batches(self, requests: list[Request]) -> list[list[Request]]:
-        "As many requests as keep the server busy for a while."
-        size = 4 * self.server.at_once
-        return [requests[k:k + size] for k in range(0, len(requests), size)]
+    def record(self) -> dict: return self.decoding.record() | ({"engine": self.engine} if self.engine else {})
 
-    def record(self) -> dict: return self.decoding.record()
-
-    def ask(self, batch: list[Request]) -> list[dict | None]:
-        "What a row keeps of each reply, None where the call failed; raises `SafeEraserError` where all did."
-        replies = ask_all(self.server, [_call(r, self.decoding) for r in batch], progress=False)
-        bad = [r.problem for r in replies if not r.ended]
-        self.problem = bad[-1] if bad else self.problem
-        if len(bad) == len(replies):
-            raise SafeEraserError(f"{self.server.url}: {bad[0]}; "
-                                  "what is done is kept, and the same command goes on from there")
-        return [_heard(r, self.server.model) if r.ended else None for r in replies]
+    def said(self, requests: list[Request], done: dict) -> Iterator[dict[Request, dict]]:
+        "What a row keeps of each reply, as it comes; raises `SafeEraserError` where many calls in a row failed."
+        left, failed = [r for r in by_image(requests) if _key(r) not in done], 0
+        for n, reply in as_they_come(self.server, [_call(r, self.decoding) for r in left]):
+            if reply.ended: yield {left[n]: _heard(reply, self.server.model)}
+            failed = 0 if reply.ended else failed + 1
+            self.problem = reply.problem if failed else self.problem
+            if failed == min(len(left), 3 * self.server.at_once):
+                raise SafeEraserError(f"{self.server.url}: {reply.problem}; "
+                                      "what is done is kept, and the same command goes on from there")
 
 # %% ../nbs/43_generate.ipynb #464df0b9
 def _call(request: Request, decoding: Decoding) -> Call:
@@ -491,30 +587,43 @@ def _batch_size(data, batch_size: int | None, batch_tokens: int) -> int | None:
     return batch_size or settings_of(data).get("generate", {}).get("batch_size")
 
 # %% ../nbs/43_generate.ipynb #9fd264ac
+def _with_adapter(model, adapter, merge: bool | None) -> tuple:
+    "A model with its adapter, and whether that was folded in."
+    if not adapter: return model, False
+    few_bits = getattr(model, "is_quantized", False)
+    if merge and few_bits: raise SafeEraserError("--merge: weights of few bits hold no adapter; leave it out")
+    pays = model.device.type == "cuda" and not few_bits
+    adapted, folded = load_adapter(model, adapter), pays if merge is None else merge
+    return (merge_adapter(adapted) if folded else adapted), folded
+
+
 def _local(model, adapter, decoding: Decoding, batch_size: int | None, batch_tokens: int, share_images: bool | None,
-           device: str | None, requests: list[Request]) -> LocalModel:
+           merge: bool | None, device: str | None, requests: list[Request]) -> LocalModel:
     "The model in a folder, loaded, with an engine where it is exact and pays."
     net, processor = load_model(model, device)
-    net, encoder = load_adapter(net, adapter) if adapter else net, Encoder(processor)
+    (net, merged), encoder = _with_adapter(net, adapter, merge), Encoder(processor)
     engine = engine_for(net, encoder, [r.item for r in requests[:3]], share_images, batch_tokens)
-    return LocalModel(net, encoder, engine, batch_size or (64 if engine else 16), decoding, str(model))
+    return LocalModel(net, encoder, engine, batch_size or (64 if engine else 16), decoding, str(model), merged)
 
 # %% ../nbs/43_generate.ipynb #1d889570
-def _served(url: str, model: str, decoding: Decoding, requests: list[Request]) -> ServedModel:
-    return ServedModel(Server(url, model, timeout=600), decoding)
+def _served(server: str | Standby, model: str, decoding: Decoding, at_once: int | None,
+            requests: list[Request]) -> ServedModel:
+    urls, by = (server, "") if isinstance(server, str) else (server.start(), server.name)
+    return ServedModel(servers_at(urls, model, at_once, timeout=600), decoding, by)
 
 
-def _into_file(out, model, adapter, server: str | None, decoding: Decoding, requests: list[Request], load,
-               progress: bool) -> Path:
-    "Fill a responses file, unless it is there already; one process at a time."
+def _into_file(out, header: dict, requests: list[Request], shard: tuple[int, int], make_asker, progress: bool) -> Path:
+    "Fill a shard's part of a responses file, and make the file where that was the last; returns what there is."
     file = plain_file(out) if Path(out).is_symlink() else Path(out)  # a link stays one
     plain_file(file)
-    header, part = _header(model, adapter, server, requests, decoding), file.with_name(file.name + ".part")
-    asker = partial(_served, server, str(model), decoding) if server else load
+    part = part_of(file, *shard)
     with only_here(part), cpu_threads(1):
-        if part.exists() or not _finished(file, header, requests):
-            _fill(asker, part, file, header, requests, progress)
-    return Path(out)
+        if _finished(file, header, requests) and not parts_of(file): return Path(out)
+        elsewhere, done = _there(file, header, requests, but=part), rows_in(part, header)
+        mine = [r for r in in_shard(requests, *shard) if _key(r) not in elsewhere]
+        shown = progress and _on_first_gpu()
+        if any(_key(r) not in done for r in mine): _fill(make_asker(requests), part, header, mine, done, shown)
+    return Path(out) if _merged(file, header, requests) else part
 
 # %% ../nbs/43_generate.ipynb #cell030
 def generate(
@@ -531,12 +640,18 @@ def generate(
     batch_tokens: int = 2**15,  # whose keys and values are kept at once
     share_images: bool | None = None,  # read an image once; default: where exact and faster
     seed: int = 0,  # of sampling
+    merge: bool | None = None,  # fold the adapter in: faster, rounds anew; default: on GPUs
     device: str | None = None,  # default: a GPU if there is one
-    server: str | None = None,  # URL of an OpenAI-compatible server to ask
+    server: str | Standby | None = None,  # an OpenAI-compatible server's URL, or several with commas
+    at_once: int | None = None,  # calls to servers at a time; default: 8 for each
+    shard: str | None = None,  # part of the images, as k/n; default: torchrun's or srun's
     progress: bool = True
 ) -> Path:
-    "Ask all questions and write the responses; an interrupted run goes on where it stopped."
-    decoding = _decoding(data, samples, temperature, top_p, max_new_tokens, seed)
+    "Ask all questions into a file, or a shard's part of it; an interrupted run goes on."
+    _check_idle(adapter, server, at_once, merge)
+    decoding, mine = _decoding(data, samples, temperature, top_p, max_new_tokens, seed), shard_of(shard)
     size, requests = _batch_size(data, batch_size, batch_tokens), plan_requests(data, splits, samples)
-    load = partial(_local, model, adapter, decoding, size, batch_tokens, share_images, device)
-    return _into_file(out, model, adapter, server, decoding, requests, load, progress)
+    header = _header(model, adapter, server, requests, decoding, merge)
+    load = partial(_local, model, adapter, decoding, size, batch_tokens, share_images, merge, device)
+    asker = partial(_served, server, str(model), decoding, at_once) if server else load
+    return _into_file(out, header, requests, mine, asker, progress)

@@ -111,7 +111,7 @@ def plan_grid(model: str | Path,            # the vanilla model: a folder, or a 
     model, data, asking, vary = str(model), Path(data), asking or {}, vary or {}
     for m in methods: parse_objective(m)
     for s in seeds: check_values(vary, settings | {"seed": s})
-    check_judge(judge, judge_options or {}, _spelled)
+    check_judge(judge, judge_options or {}, lambda name: "--judge" if name == "judge" else f"--judge-set {name}")
     _check_asking(data, asking)
     cells = [Cell(m, s, chosen, Path(out)/folder_name(m, s, chosen))
              for m in methods for s in seeds for chosen in combinations(vary)]

@@ -62,10 +62,11 @@ def _outermost(names: list[str], part: str) -> str | None:
     return None
 
 # %% ../nbs/20_model.ipynb #cell006
-def pick_device(device: str | None = None  # a torch device; None: a GPU where there is one
+def pick_device(device: str | None = None  # a torch device; None: this rank's GPU where there is one
                 ) -> torch.device:
     "The device to work on."
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device or not torch.cuda.is_available(): return torch.device(device or "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 # %% ../nbs/20_model.ipynb #7a1cfdbb
 def _pretrained(source: str | Path, **settings) -> tuple:
@@ -160,10 +161,17 @@ def sine_projector(adapted):
     return adapted
 
 # %% ../nbs/20_model.ipynb #f98f6859
-def fold_projector(adapted):
+def fold_projector(adapted,
+                   whole: dict[str, torch.Tensor] | None = None  # all of its weights, where ranks hold parts; folded too
+                   ):
     "The same model with the projector's W + sin(dW) as plain weights."
-    for module in filter(is_parametrized, _inside(_trained_projectors(adapted))):
-        for name in list(module.parametrizations): remove_parametrizations(module, name)
+    for path, module in adapted.named_modules():
+        if not is_parametrized(module): continue
+        for name, (sine, *_) in list(module.parametrizations.items()):
+            if whole is not None:
+                delta = whole.pop(f"{path}.parametrizations.{name}.original")
+                whole[f"{path}.{name}"] = sine.base.cpu() + delta.sin()
+            remove_parametrizations(module, name, leave_parametrized=whole is None)
     return adapted
 
 # %% ../nbs/20_model.ipynb #cell039
@@ -191,15 +199,32 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 @contextmanager
 def vanilla(model):
     "`with vanilla(model) as asked:` adapter and dropout are off; of a model trained whole it is the frozen copy."
-    training, adapted = model.training, getattr(model, "module", model)  # inside DDP or FSDP is the PEFT model
+    adapted = getattr(model, "module", model)  # inside DDP or FSDP is the PEFT model
     if "vanilla_copy" in vars(adapted):
         yield _copy_of(adapted)
         return
-    model.eval()
-    try:
-        with adapted.disable_adapter(): yield model
+    every, adapters = _modules(adapted)
+    every = [model, *every]
+    with _switched(every, "training", False), _switched(adapters, "_disable_adapters", True): yield model
+
+
+@contextmanager
+def _switched(modules: list[torch.nn.Module], name: str, to: bool):
+    "`with _switched(modules, name, to):` a flag of all of them; past `nn.Module`'s own bookkeeping, which is slow."
+    before = [getattr(m, name) for m in modules]
+    for m in modules: vars(m)[name] = to
+    try: yield
     finally:
-        model.train(training)
+        for m, was in zip(modules, before): vars(m)[name] = was
+
+# %% ../nbs/20_model.ipynb #vanmods1
+def _modules(adapted) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    "All modules of a PEFT model, and those whose adapter can be off; looked up once, since a 7B has 3,000."
+    names, known = list(adapted.peft_config), vars(adapted).get("_looked_up")
+    if known is None or known[0] != names:
+        every = list(adapted.modules())
+        known = adapted._looked_up = names, every, [m for m in every if hasattr(m, "_disable_adapters")]
+    return known[1:]
 
 
 def _copy_of(whole) -> torch.nn.Module:
@@ -438,8 +463,7 @@ def four_bit_settings(source: str | Path, device: torch.device) -> dict:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                       bnb_4bit_compute_dtype=torch.bfloat16,
                                       llm_int8_skip_modules=[parts.vision, *parts.projector, "lm_head"])
-    where = int(os.environ.get("LOCAL_RANK", 0)) if device.type == "cuda" else device  # 4-bit weights cannot move later
-    return {"quantization_config": quantization, "device_map": {"": where}}
+    return {"quantization_config": quantization, "device_map": {"": device}}  # 4-bit weights cannot move later
 
 # %% ../nbs/20_model.ipynb #11bcc06e
 def _placed(model, device: torch.device, dtype, four_bit: bool):

@@ -4,22 +4,27 @@
 
 # %% auto #0
 __all__ = ['ROUTES', 'FAILURES', 'SHORT_ROW', 'unwrapped', 'attention_of', 'set_attention', 'use_route', 'position_ids',
-           'check_plain_causal', 'nothing_masked', 'packed_masks', 'packed_log_probs', 'Verdict', 'tolerance',
-           'in_precision', 'to_device', 'preferred_routes', 'check_packing', 'PackedCollator']
+           'check_plain_causal', 'nothing_masked', 'packed_masks', 'own_head', 'holds_all', 'label_scores',
+           'packed_scores', 'packed_log_probs', 'Verdict', 'tolerance', 'in_precision', 'to_device', 'preferred_routes',
+           'check_packing', 'PackedCollator']
 
 # %% ../nbs/33_packed.ipynb #2694e423
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import log_softmax, pad
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
 
 from .core import first_line
 from .slots import Row
 from .encoder import count_items, Encoder, number_items
 from .model import anatomy
-from .packing import CannotPack, PackedRow, Packer, packing_mask, passes, segment_names, stack_rows
-from .attention import register_split, Rows, SPLIT_ATTENTION
+from .loss import Scores
+from .packing import (
+    CannotPack, PackedRow, Packer, packing_mask, PASS_TOKENS, passes, segment_names, stack_rows)
+from .attention import IN_ONE_CALL, Pass, register_split, Rows, SPLIT_ATTENTION
 
 # %% ../nbs/33_packed.ipynb #cell047
 ROUTES = ("split", "dense")
@@ -112,23 +117,72 @@ def packed_masks(model, batch: dict, route: str) -> dict:
     config = base.config.get_text_config()
     if route == "split":
         check_plain_causal(model, batch, config.max_position_embeddings)  # whatever row comes later
-        return {"attention_mask": nothing_masked(batch["input_ids"].device), "packed": Rows(batch["lengths"])}
+        device = batch["input_ids"].device
+        packed = Pass(batch["spans"]) if device.type in IN_ONE_CALL else Rows(batch["lengths"])
+        return {"attention_mask": nothing_masked(device), "packed": packed}
     added = lambda seen: torch.where(seen, 0.0, torch.finfo(base.dtype).min).to(base.dtype)
     mask = {layers: added(packing_mask(batch["segment"], batch["position"], _blocks(batch), window))
             for layers, window in _windows(config).items()}
     return {"attention_mask": mask.get(None, mask)}
 
+# %% ../nbs/33_packed.ipynb #passon01
+@contextmanager
+def _passing_on(head: torch.nn.Module):
+    "`with _passing_on(head):` a model puts out what its head is given."
+    own = vars(head).get("forward")  # accelerate puts one there
+    head.forward = lambda states: states
+    try: yield
+    finally:
+        del head.forward
+        if own: head.forward = own
+
+# %% ../nbs/33_packed.ipynb #headcod1
+def own_head(model, inputs: dict  # of a pass
+             ) -> torch.nn.Module | None:
+    "The head whose scores are the model's; None where they are not, or where a rank holds a part of it."
+    base, head = unwrapped(model), unwrapped(model).get_output_embeddings()
+    if "_head_says_all" not in vars(base):
+        known = hasattr(head, "out_features") and holds_all(model)
+        base._head_says_all = known and _says_all(model, head, inputs)
+    return head if base._head_says_all else None
+
+
+def holds_all(model) -> bool:
+    "Whether each rank has all weights."
+    return isinstance(model, DistributedDataParallel) or not (hasattr(model, "module") or isinstance(model, FSDPModule))
+
+
+@torch.no_grad()
+def _says_all(model, head: torch.nn.Module, inputs: dict) -> bool:
+    "Whether what the model says last is what the head said; the random state stays as it was."
+    said = []
+    hook = head.register_forward_hook(lambda module, args, out: said.append(out))
+    with torch.random.fork_rng(): logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+    hook.remove()
+    return len(said) == 1 and torch.equal(logits.float(), said[0].float())
+
+# %% ../nbs/33_packed.ipynb #lscores1
+def label_scores(model, inputs: dict, places: dict  # see `safeeraser.packing.label_places`
+                 ) -> Scores:
+    "What predicts the labels of a batch, row after row, from one pass."
+    head = own_head(model, inputs)
+    with _passing_on(head) if head else nullcontext():
+        out = model(**inputs, use_cache=False, logits_to_keep=places["columns"]).logits
+    return Scores(out.flatten(0, 1).index_select(0, places["kept"]), head)
+
 # %% ../nbs/33_packed.ipynb #cell051
-def packed_log_probs(model, batch: dict,  # as `stack_rows` makes it
-                     route: str           # that the model is set to, see `use_route`
-                     ) -> torch.Tensor:
-    "Log-distributions [N, V] (float32) that predict the labels of a packed batch, row after row."
-    keep = batch["labels"] != -100
-    columns = keep.any(0).nonzero().flatten()
-    logits = model(input_ids=batch["input_ids"], position_ids=position_ids(model, batch), use_cache=False,
-                   logits_to_keep=columns, **batch["image"], **batch["per_token"],
-                   **packed_masks(model, batch, route)).logits
-    return log_softmax(logits[keep[:, columns]].float(), dim=-1)
+def packed_scores(model, batch: dict,  # as `stack_rows` makes it
+                  route: str           # that the model is set to, see `use_route`
+                  ) -> Scores:
+    "What predicts the labels of a packed batch, row after row."
+    inputs = {"input_ids": batch["input_ids"], "position_ids": position_ids(model, batch), **batch["image"],
+              **batch["per_token"], **packed_masks(model, batch, route)}
+    return label_scores(model, inputs, batch["places"])
+
+
+def packed_log_probs(model, batch: dict, route: str) -> torch.Tensor:
+    "The log-distributions that they make: [N, V], float32."
+    return packed_scores(model, batch, route).log_probs()
 
 # %% ../nbs/33_packed.ipynb #cell056
 @dataclass(frozen=True)
@@ -184,12 +238,8 @@ def _labelled(model, inputs: dict  # of `Encoder.rows`
 # %% ../nbs/33_packed.ipynb #4ab10221
 def _labelled_packed(model, batches: list[list[PackedRow]], route: str) -> torch.Tensor:
     "The same of packed rows."
-    found = []
-    for batch in batches:
-        batch = to_device(stack_rows(batch), _device(model))
-        labels = batch["labels"][batch["labels"] != -100]
-        found.append(packed_log_probs(model, batch, route).gather(1, labels.unsqueeze(1)).squeeze(1))
-    return torch.cat(found)
+    made = (to_device(stack_rows(b), _device(model)) for b in batches)
+    return torch.cat([packed_scores(model, b, route).logp(b["places"]["target"]) for b in made])
 
 # %% ../nbs/33_packed.ipynb #cell062
 def _measured(model, compute) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,12 +345,13 @@ class PackedCollator:
     packer: Packer
     reference_kinds: tuple[str, ...] = ()  # kinds of which the vanilla model is asked
     even: bool = False                     # ask it in every pass, as ranks that wait for each other must
+    tokens: int = PASS_TOKENS              # of a pass
 
     def __call__(self, slots: list[list[Row]]) -> dict:
         rows = [r for slot in slots for r in slot]
         live = [r for r in rows if r.live] or rows[:1]  # without any, a row that carries no loss keeps ranks in step
         packed = self.packer.pack(live, number_items(live))
-        return {"passes": [self._stacked(b) for b in passes(packed)], "n_items": count_items(live),
+        return {"passes": [self._stacked(b) for b in passes(packed, self.tokens)], "n_items": count_items(live),
                 "composition": [r.summary() for r in packed]}
 
     def _stacked(self, rows: list[PackedRow]) -> dict:

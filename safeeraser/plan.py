@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 # %% ../nbs/39_plan.ipynb #plan01
-from .core import did_you_mean, progress_bar, read_json, SafeEraserError
+from .core import did_you_mean, progress_bar, read_json, SafeEraserError, told
 from .data import Sets
 from .slots import KINDS, SlotDataset, SlotSampler
 from .templates import word_processor
@@ -239,16 +239,17 @@ def in_words(sets: Sets, refusals: list[str]) -> tuple[Sets, list[str]]:
 # %% ../nbs/39_plan.ipynb #plan43
 def shape_of(source: str | Path  # a model's folder, or a name on the hub
              ) -> tuple:
-    "Configuration and processor; no processor where only the shape is known."
+    "Configuration and processor; of a model of `LLAVA` that was never downloaded its shape, and no processor."
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
-    if Path(source).exists() and not (Path(source)/"config.json").is_file():
+    folder, here = Path(source), lambda name: isinstance(try_to_load_from_cache(str(source), name), str)
+    if folder.exists() and not (folder/"config.json").is_file():
         raise SafeEraserError(f"{source}: no config.json there; a model folder holds config.json and processor files")
-    try: return AutoConfig.from_pretrained(source, trust_remote_code=False), load_processor(source)
-    except (OSError, ValueError) as e:  # SafeEraserError is a ValueError
-        if str(source) in LLAVA: return llava_config(str(source)), None
-        if isinstance(e, SafeEraserError): raise
-        raise SafeEraserError(f"{source}: no configuration there; "
-                              f"name a model's folder, or one of {', '.join(LLAVA)}") from None
+    known = str(source) in LLAVA and not folder.exists()
+    if known and not here("tokenizer_config.json"): return llava_config(source), None
+    with told(source, "no configuration there; name a model's folder, or a name on the hub"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return config, load_processor(source)
 
 # %% ../nbs/39_plan.ipynb #plan45
 class _Once:
@@ -550,7 +551,7 @@ def plan(model: str | Path,          # the vanilla model: a folder with config.j
              f"CUDA's own {CUDA} GiB are an assumption"]
     if processor is None:
         processor, (sets, refusals) = word_processor(["w"], 336, 14), in_words(sets, refusals)
-        notes.append(f"tokens are estimated, {LETTERS} characters each: no tokenizer is at hand")
+        notes.append(f"tokens are estimated, {LETTERS} characters each: the model was never downloaded")
     work, counted, choices = _ways(config, processor, sets, refusals, objective, settings | {"method": method}, gpus)
     weights = sum(p.numel() for p in skeleton(config).parameters())
     found = Plan(str(model), weights, method, gpu, gpus, work, counted, choices, share, notes, None)

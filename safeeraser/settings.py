@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'OWN', 'ALLOWED', 'REFUSED', 'PRESETS', 'CONFIG_KEYS', 'TuningSettings', 'RowSettings', 'MemorySettings',
-           'UnlearnConfig', 'check_settings', 'check_together', 'make_config', 'preset', 'Config', 'read_config',
-           'configuration']
+           'spare_cores', 'UnlearnConfig', 'check_settings', 'check_together', 'make_config', 'preset', 'Config',
+           'read_config', 'configuration']
 
 # %% ../nbs/35_settings.ipynb #c1b6e212
 import os, re
@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from .core import check_form, did_you_mean, read_text, SafeEraserError, told
 from .data import NonEmpty
+from .ranks import engine_conflicts
 from .packed import ROUTES
 
 # %% ../nbs/35_settings.ipynb #5ef9f804
@@ -66,6 +67,12 @@ class MemorySettings:
     reference_cache_dir: str | None = _said(None, "folder for those that do not fit")
     threads: int = _said(1, "CPU threads; fixed, because sums taken in another order give other numbers")
 
+# %% ../nbs/35_settings.ipynb #35a0c002
+def spare_cores(most: int = 4) -> int:
+    "Cores of this machine for each process that trains on it."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
+
 # %% ../nbs/35_settings.ipynb #7cee565b
 @dataclass
 class UnlearnConfig(TuningSettings, RowSettings, MemorySettings, TrainingArguments):
@@ -83,10 +90,22 @@ class UnlearnConfig(TuningSettings, RowSettings, MemorySettings, TrainingArgumen
     save_total_limit: int | None = 2
     report_to: None | str | list[str] = "none"
     remove_unused_columns: bool = False
+    dataloader_num_workers: int | None = _said(None, "processes that prepare rows while the model computes; 0: it waits "
+                                                     "(default: a core each, at most 4, on a GPU; 0 on a CPU)")
+    dataloader_persistent_workers: bool | None = _said(None, "workers live as long as the run, with the images that they prepared "
+                                                             "(default: where there are any)")
+    gradient_checkpointing: bool | None = None  # None: where a step would fill the GPU, see `safeeraser.trainer`
+    ddp_find_unused_parameters: bool | None = False  # all that is trained is used in each pass
+    ddp_broadcast_buffers: bool | None = False       # no buffer changes
 
     def __post_init__(self):
         self.use_cpu |= not torch.cuda.is_available()  # the Trainer refuses bf16 without a GPU unless it is told
+        if self.use_cpu: os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it would tell so each time
+        if self.dataloader_num_workers is None: self.dataloader_num_workers = 0 if self.use_cpu else spare_cores()
+        if self.dataloader_persistent_workers is None: self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        asked = self.gradient_checkpointing
         super().__post_init__()
+        self.gradient_checkpointing = asked  # the Trainer's own makes False of None
         self.dataloader_pin_memory &= torch.cuda.is_available()
         self._n_gpu = min(1, self.n_gpu)  # several GPUs are for torchrun: DataParallel would average what we sum
         check_together(self)
@@ -205,9 +224,10 @@ _RANGES = {
     **_each(_FROM_0, "learning_rate weight_decay max_grad_norm warmup_steps vision_cache_gib reference_cache_gib"),
     **_each(_ABOVE_0, "num_train_epochs adam_epsilon logging_steps save_steps"),
     **_each(_SHARE, "lora_dropout adam_beta1 adam_beta2"),
+    "fsdp": bool | str | None,
     "lora_r": _whole(1, 2**13),
     "threads": _whole(1, 1024),
-    "dataloader_num_workers": _whole(0, 256),
+    "dataloader_num_workers": _whole(0, 256) | None,
     "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "max_steps": _whole(-1, 2**31),
     "save_total_limit": Annotated[int, Field(ge=2)] | None,  # the checkpoint before stays until the next is whole
@@ -257,8 +277,9 @@ def _conflicts(args: UnlearnConfig) -> Iterator[str]:
         yield "reference_cache_gib > 0 belongs to an adapter; with tuning='full' set it to 0"
     if str(args.lr_scheduler_type).endswith("plateau"):
         yield "lr_scheduler_type='reduce_lr_on_plateau' waits for an evaluation, and nothing is evaluated while training"
-    if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield "fsdp is for several processes: start the command with torchrun"
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        yield "dataloader_persistent_workers=true, but dataloader_num_workers is 0; leave one of them away"
+    yield from engine_conflicts(args)
     present = get_available_reporting_integrations()
     if missing := [r for r in args.report_to if r not in present]:
         yield f"report_to={', '.join(missing)!r}: not installed here; there are: none, {', '.join(present)}"
@@ -274,7 +295,7 @@ def make_config(folder: Path,  # where checkpoints go
 # %% ../nbs/35_settings.ipynb #ee1597fc
 _PAPER = {"lora_r": 32, "lora_alpha": 256, "lora_dropout": .05, "learning_rate": 1e-4, "weight_decay": .01,
           "lr_scheduler_type": "cosine", "warmup_steps": .06, "num_train_epochs": 10, "max_grad_norm": 1.0, "seed": 233,
-          "bf16": True, "gradient_checkpointing": True}
+          "bf16": True}
 PRESETS = {"paper-7b": {"effective_batch": 32, "model": "llava-hf/llava-1.5-7b-hf", "settings": _PAPER},
            "paper-13b": {"effective_batch": 32, "model": "llava-hf/llava-1.5-13b-hf", "settings": _PAPER}}
 

@@ -8,7 +8,7 @@ __all__ = ['BENCHMARKS', 'Whole', 'CountsForm', 'ResultsForm', 'SampleForm', 'RE
            'specificity_row', 'specificity_text']
 
 # %% ../nbs/61_specificity.ipynb #c253263a
-import os, re, subprocess
+import re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from .core import (
-    lines_of, only_here, parse_json, Place, read_json, read_text, SafeEraserError, write_json)
+    lines_of, only_here, other_environment, parse_json, Place, read_json, read_text, SafeEraserError, write_json)
 from .rows import SCHEMA_VERSION
 from .records import read_record
 
@@ -118,15 +118,10 @@ def lmms_command(model: Path, tasks: list[str], out: Path,
 _INSTALL = ("make an environment for it (python -m venv lmms; lmms/bin/pip install torch lmms-eval decord) "
             "and name its Python: --python lmms/bin/python")
 
-# %% ../nbs/61_specificity.ipynb #9d534994
-def _own_environment() -> dict:
-    "Without the path that would bring this Python's packages into the other one."
-    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-
 # %% ../nbs/61_specificity.ipynb #d918fe51
 def _check_lmms(python: str):
     "Whether this Python has lmms-eval; raises `SafeEraserError` that says how it gets it."
-    try: done = subprocess.run([python, "-c", "import lmms_eval"], capture_output=True, env=_own_environment())
+    try: done = subprocess.run([python, "-c", "import lmms_eval"], capture_output=True, env=other_environment())
     except OSError as e: raise SafeEraserError(f"{python}: cannot be started ({e.strerror}); {_INSTALL}") from None
     if done.returncode: raise SafeEraserError(f"{python}: lmms-eval is not installed there; {_INSTALL}")
 
@@ -163,7 +158,7 @@ def _evaluate(command: list[str], out: Path) -> Path:
     "Run lmms-eval, its words into log.txt; gives its new file of results."
     log, before = out/"log.txt", set(out.rglob("*_results.json"))
     with log.open("w", encoding="utf-8") as said:
-        done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=_own_environment())
+        done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=other_environment())
     new = set(out.rglob("*_results.json")) - before
     if done.returncode == 0 and len(new) == 1: return new.pop()
     raise SafeEraserError(f"lmms-eval ended without results{_said(log)}; its log is {log}")
