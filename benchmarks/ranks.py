@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import make_tiny  # noqa: E402
-from ranks import batch, difference, ENGINES, PACKINGS, SMALL, TUNINGS, unlearn_together  # noqa: E402
+from two_ranks import batch, difference, ENGINES, PACKINGS, SMALL, TUNINGS, unlearn_together  # noqa: E402
 from safeeraser.core import environment, write_json  # noqa: E402
 from safeeraser.trainer import unlearn  # noqa: E402
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from command import script
-from ranks import batch, CONFIGS, difference, ENGINES, PACKINGS, SMALL, together, TUNINGS, UNLEARN, unlearn_together
+from two_ranks import batch, CONFIGS, difference, ENGINES, PACKINGS, SMALL, together, TUNINGS, UNLEARN, unlearn_together
 
 from safeeraser.core import SafeEraserError
 from safeeraser.ranks import engine_conflicts, engine_of, share_batch
@@ -89,7 +89,7 @@ def test_a_signal_ends_one_process_with_a_checkpoint(number, tiny, tmp_path):
 
 
 def test_the_command_says_by_what_it_was_stopped(tiny, tmp_path):
-    code = "from ranks import kill_at; kill_at(0, 1, 15); from safeeraser.cli import main; main()"
+    code = "from two_ranks import kill_at; kill_at(0, 1, 15); from safeeraser.cli import main; main()"
     done = script(code, "unlearn", "--model", tiny.model, "--data", tiny.data, "--method", "gd", "--out", tmp_path / "run",
                   "--set", "max_steps=2", "--set", "lora_r=2", "--set", "use_cpu=true", cwd=Path(__file__).parent)
     assert done.returncode == 143 and done.stderr.endswith("safeeraser: stopped after step 1; the same call goes on from there\n"), done.stderr
@@ -202,12 +202,12 @@ def test_no_update_is_made_from_a_gradient_that_is_none(engine, tiny, tmp_path):
 
 BLOWS_UP = """
 import json, math, os, sys
-import ranks
+import two_ranks
 from safeeraser.loss import Objective, Term
 run = json.loads(sys.argv[1])
 calls = iter(range(100))
 def blows_up(t): return t.mean(t.logp) * (math.inf if next(calls) == 3 and os.environ["RANK"] == "1" else 1.0)
-ranks.work([run | {"method": "custom", "objective": Objective({"boom": Term(blows_up, ("forget",))}, {})}])
+two_ranks.work([run | {"method": "custom", "objective": Objective({"boom": Term(blows_up, ("forget",))}, {})}])
 """
 
 
@@ -224,12 +224,12 @@ def test_under_torchrun(tiny, tmp_path):
     while not (tmp_path / "run" / "run.json").exists() and begun.poll() is None: time.sleep(.1)
     time.sleep(2)  # it is written before the first step
     begun.send_signal(signal.SIGTERM)
-    begun.communicate(timeout=120)
+    begun.communicate(timeout=400)
     found = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     assert len(found) == 1 and (found[0] / "complete").is_file()
     assert json.loads((found[0] / "complete").read_text())["ranks"] == 2
     apart = start(out=[tmp_path / "a" / "run", tmp_path / "b" / "run"])
-    assert "rank 1 does not see what rank 0 writes there" in apart.communicate(timeout=120)[1] and apart.returncode
+    assert "rank 1 does not see what rank 0 writes there" in apart.communicate(timeout=400)[1] and apart.returncode
     killed = start(**run | {"kill": [1, 4, signal.SIGKILL], "out": tmp_path / "killed"})
-    killed.communicate(timeout=120)
+    killed.communicate(timeout=400)
     assert killed.returncode and not record(tmp_path / "killed")["finished"]

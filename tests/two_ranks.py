@@ -100,7 +100,7 @@ def work(runs: list[dict]):
 
 
 PASS_TOKENS = 80  # of a packed pass: two rows of the tiny model's
-UNLEARN = "import json, sys; import ranks; ranks.work(json.loads(sys.argv[1]))"
+UNLEARN = "import json, sys; import two_ranks; two_ranks.work(json.loads(sys.argv[1]))"
 
 
 def together(code: str, *args, world: int = 2, timeout: float = 900, **env) -> list[subprocess.CompletedProcess]:
