@@ -293,6 +293,9 @@ def quiet_bars():
     finally:
         if shown: talk.enable_progress_bar()
 
+# %% ../nbs/00_core.ipynb #dsquiet1
+if not torch.backends.cuda.is_built(): os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and say so
+
 # %% ../nbs/00_core.ipynb #cell037
 @contextmanager
 def cpu_threads(n: int  # 1: the same bits from the same seed, on whatever number of cores

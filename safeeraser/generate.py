@@ -628,13 +628,13 @@ def _into_file(out, header: dict, requests: list[Request], shard: tuple[int, int
 # %% ../nbs/43_generate.ipynb #cell030
 def generate(
     model: str | Path,  # a folder, or a name on the hub
-    data: str | Path,  # the folder of `all_train.json`
-    out: str | Path,  # the `responses.jsonl` to write
+    data: str | Path,  # the folder with `all_train.json`
+    out: str | Path,  # `responses.jsonl`, to write
     adapter: str | Path | None = None,  # a run folder of `unlearn`
     splits: list[str] | None = None,  # default: train, val, held_out
     samples: int = 1,  # responses to a forget question
     temperature: float = 0.0,  # 0: greedy
-    top_p: float = 0.9,  # nucleus, used when temperature > 0
+    top_p: float = 0.9,  # nucleus, where temperature > 0
     max_new_tokens: int | None = None,  # default: settings.json's, or 512
     batch_size: int | None = None,  # questions at once; default: settings.json's, or 64
     batch_tokens: int = 2**15,  # whose keys and values are kept at once

@@ -36,7 +36,7 @@ from .encoder import Encoder, image_size, measure
 from .model import anatomy
 from .loss import Objective, parse_objective
 from .packing import CannotPack
-from .packed import preferred_routes, ROUTES, unwrapped, use_route, Verdict
+from .packed import own_head, preferred_routes, ROUTES, unwrapped, use_route, Verdict
 from .settings import make_config, UnlearnConfig
 from .predict import batch_tokens
 from .trainer import (
@@ -77,6 +77,8 @@ def ghost_of(config,                # a model's configuration
         if id(t) not in made: made[id(t)] = t, FakeTensor(mode, t.detach(), torch.device("cpu"))
         return made[id(t)][1]  # weights that are tied stay tied
     for module in _models(model): _replace_tensors(module, ghost)
+    with mode:
+        for m in _models(model): own_head(m, {"input_ids": torch.ones(1, 2, dtype=torch.long)})  # looked up once a model
     for m in model.modules():
         if gpu and isinstance(m, torch.nn.Dropout): m.forward = partial(_gpu_dropout, m)
     return model

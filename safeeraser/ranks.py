@@ -9,7 +9,7 @@ __all__ = ['STOPS', 'world_size', 'rank', 'engine_of', 'sharded', 'engine_confli
 
 # %% ../nbs/21_ranks.ipynb #rk020e75
 import os, secrets, signal, time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from math import gcd
 from pathlib import Path
 

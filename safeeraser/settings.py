@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'OWN', 'ALLOWED', 'REFUSED', 'PRESETS', 'CONFIG_KEYS', 'TuningSettings', 'RowSettings', 'MemorySettings',
-           'spare_cores', 'UnlearnConfig', 'check_settings', 'check_together', 'make_config', 'preset', 'Config',
-           'read_config', 'configuration']
+           'spare_cores', 'MachineSettings', 'UnlearnConfig', 'check_settings', 'check_together', 'make_config',
+           'preset', 'Config', 'read_config', 'configuration']
 
 # %% ../nbs/35_settings.ipynb #c1b6e212
 import os, re
@@ -73,9 +73,27 @@ def spare_cores(most: int = 4) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
 
+# %% ../nbs/35_settings.ipynb #machine01
+@dataclass
+class MachineSettings:
+    "What the machine decides where nothing is said."
+    gradient_checkpointing: bool | None = _said(None, "compute activations again instead of keeping them "
+                                                      "(default: where a step would fill the GPU)")
+    dataloader_num_workers: int | None = _said(None, "processes that prepare rows while the model computes; 0: it waits "
+                                                     "(default: a core each, at most 4, on a GPU; 0 on a CPU)")
+    dataloader_persistent_workers: bool | None = _said(None, "workers live as long as the run, with the images that they "
+                                                             "prepared (default: where there are any)")
+
+    def ask_machine(self):
+        "Fill in what can be known before a model is loaded."
+        self.use_cpu |= not torch.cuda.is_available()  # the Trainer refuses bf16 without a GPU unless it is told
+        if self.dataloader_num_workers is None: self.dataloader_num_workers = 0 if self.use_cpu else spare_cores()
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+
 # %% ../nbs/35_settings.ipynb #7cee565b
 @dataclass
-class UnlearnConfig(TuningSettings, RowSettings, MemorySettings, TrainingArguments):
+class UnlearnConfig(TuningSettings, RowSettings, MemorySettings, MachineSettings, TrainingArguments):
     "`TrainingArguments` with the published defaults, plus what unlearning needs."
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
@@ -90,19 +108,11 @@ class UnlearnConfig(TuningSettings, RowSettings, MemorySettings, TrainingArgumen
     save_total_limit: int | None = 2
     report_to: None | str | list[str] = "none"
     remove_unused_columns: bool = False
-    dataloader_num_workers: int | None = _said(None, "processes that prepare rows while the model computes; 0: it waits "
-                                                     "(default: a core each, at most 4, on a GPU; 0 on a CPU)")
-    dataloader_persistent_workers: bool | None = _said(None, "workers live as long as the run, with the images that they prepared "
-                                                             "(default: where there are any)")
-    gradient_checkpointing: bool | None = None  # None: where a step would fill the GPU, see `safeeraser.trainer`
     ddp_find_unused_parameters: bool | None = False  # all that is trained is used in each pass
     ddp_broadcast_buffers: bool | None = False       # no buffer changes
 
     def __post_init__(self):
-        self.use_cpu |= not torch.cuda.is_available()  # the Trainer refuses bf16 without a GPU unless it is told
-        if self.use_cpu: os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it would tell so each time
-        if self.dataloader_num_workers is None: self.dataloader_num_workers = 0 if self.use_cpu else spare_cores()
-        if self.dataloader_persistent_workers is None: self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        self.ask_machine()
         asked = self.gradient_checkpointing
         super().__post_init__()
         self.gradient_checkpointing = asked  # the Trainer's own makes False of None
