@@ -144,3 +144,12 @@ def test_the_committed_results():
     for method in ("gd+pd", "kl+pd", "po+pd"):
         assert {("train", b, method, n) for b in ("published", "unpacked") for n in (30, 100, 250)} <= set(cases)
     assert all(r["ratio_min"] <= r["ratio"] <= r["ratio_max"] for r in found["rows"] + found["growth"] + found["levers"])
+
+
+def test_the_committed_results_of_ranks():
+    found = json.loads((ROOT / "benchmarks/results/ranks.json").read_text())
+    cases = {(r["engine"], r["tuning"], r["packing"]) for r in found["rows"]}
+    assert cases == {(e, t, p) for e in ("ddp", "fsdp2", "zero2", "zero3") for t in ("lora", "sine", "full") for p in ("off", "split")}
+    assert all(r["difference"] < (1e-4 if r["tuning"] == "full" else 1e-5) for r in found["rows"])
+    assert all(min(r["passes_a_step"]) > 1 for r in found["rows"] if r["packing"] == "split")
+    assert all(k["difference"] == 0 for k in found["kills"] if k["ranks"] == [2, 2]) and {tuple(k["ranks"]) for k in found["kills"]} == {(2, 2), (2, 1)}
