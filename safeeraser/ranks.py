@@ -48,8 +48,8 @@ def engine_conflicts(args) -> Iterator[str]:
     if engine == "zero0": yield "zero0 splits nothing; leave deepspeed away: that is ddp"
     if engine.startswith("fsdp") and strtobool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         yield "fsdp_cpu_ram_efficient_loading=true: each rank has to load the weights, since it checks them; set it to false"
-    if sharded(engine) and args.tuning == "qlora":
-        yield f"{engine} cannot split 4-bit weights, so that each rank would hold them all; take ddp, or tuning='lora'"
+    if engine not in ("one", "ddp") and args.tuning == "qlora":
+        yield f"{engine} does not split 4-bit weights, so that each rank would hold them all; take ddp, or tuning='lora'"
 
 # %% ../nbs/21_ranks.ipynb #rk21blocks
 def blocks_of(model: torch.nn.Module) -> list[str]:

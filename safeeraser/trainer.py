@@ -419,7 +419,7 @@ def vision_cache(model, args: UnlearnConfig):
 def _replace_callbacks(self: UnlearnTrainer):
     "Ours instead of the Trainer's own lines and bar."
     for theirs in (transformers.trainer.DEFAULT_PROGRESS_CALLBACK, PrinterCallback): self.remove_callback(theirs)
-    for ours in (LastingWorkers(), StopInTime(self), self.stop): self.add_callback(ours)
+    for ours in (LastingWorkers(), StopInTime(self), self.stop, Dealing(self)): self.add_callback(ours)
     if not self.args.disable_tqdm: self.add_callback(self.bar)
 
 # %% ../nbs/37_trainer.ipynb #rk37blocks
