@@ -7,9 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-_LATE = "calibrate", "check", "convert", "export", "judges", "page", "published", "specificity", "sweep", "tiny_llava", "trainer"
+_LATE = "bulk", "calibrate", "check", "convert", "export", "grid", "judges", "page", "plan", "published", "specificity", "sweep", "tiny_llava", "trainer"
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([f"safeeraser.{module}" for module in ("cli", *_LATE)])
+_PROCESSES.set_forkserver_preload([f"safeeraser.{module}" for module in ("cli", *_LATE)] + ["deepspeed"])  # which accelerate imports where it is installed
 _MAIN = "from safeeraser.cli import main; main()"
 
 
