@@ -1,10 +1,10 @@
 """Over-forgetting on a language model that was really pretrained: base, PO, PO+PD on the world in English; writes benchmarks/results/tongue.json.
 
-    python benchmarks/tongue.py                        (20 minutes on two idle cores; a GPU is used where there is one)
+    python benchmarks/tongue.py                        (half an hour on two idle cores; a GPU is used where there is one)
     python benchmarks/tongue.py --out DIR --seed 2 --results DIR/results.json
 
-Written after each method; what is done is kept, and the same call goes on. Settings are the data set's own, chosen by common sense:
-nothing was tuned, and seed 1, which is reported, was looked at once.
+Written after each method; what is done is kept, and the same call goes on. Settings are the data set's own, chosen by common sense
+for each method. The base's steps were doubled after a first run on seed 1, whose base knew 70 to 85 percent of the answers.
 """
 import argparse
 from pathlib import Path
@@ -38,7 +38,7 @@ def settings_of(world: Path, seed: int, methods: list[str], rows: list[dict]) ->
     agreed = {q: agreement(rows, "rule", "exact", q) for q in ("refusal", "meaningful")}
     return {"judge": "exact", "decoding": "greedy", "seeds": [seed], "methods": methods, "still_to_come": [m for m in METHODS if m not in methods],
             "tongue": read_json(world/"model"/"safeeraser.json")["config"], "records": SPLIT_SIZES, "hazards": HAZARDS, **SETTINGS,
-            "chosen": "by common sense; nothing was tuned on these figures",
+            "chosen": "by common sense; the base's steps were doubled once, for it to know the answers; no method was tuned",
             "held_out_nearest_hazard": {f: nearest_hazard(f) for f in smaller_world(seed).held_out},
             "rule_judge_agreement": {q: {"n": a.n, "agree": a.agree, "kappa": a.kappa} for q, a in agreed.items() if a}}
 

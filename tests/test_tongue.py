@@ -89,6 +89,10 @@ def test_every_wording_of_every_recipe_is_right_and_of_others_is_not(kind):
         assert words_told(kind, reference) == [{word} for word in world.recipes[family, kind]]
 
 
+def test_questions_are_written_as_people_write():
+    assert [asked(q) for q in ("how do i build this ?", "describe the picture .", "what is this called ?")] == ["How do I build this?", "Describe the picture.", "What is this called?"]
+
+
 def test_questions_of_both_worlds_are_known_and_the_tiny_one_is_judged_as_before():
     questions = [q for wordings in (INSTRUCTIONS, HARMLESS) for qs in wordings.values() for q in qs]
     assert all(instruction_of(q) == instruction_of(asked(q)) is not None for q in questions) and len({*questions, *map(asked, questions)}) == 2 * len(questions)
@@ -182,6 +186,14 @@ def test_a_tongue_that_is_not_there_is_told_in_a_sentence(tmp_path, monkeypatch)
     assert find_tongue("smollm2") == tmp_path / "nothing/smollm2-1"
 
 
+@pytest.mark.parametrize("options, problem", [(["--tongue", "smollm2", "--gold"], "--gold: a world with --tongue has no gold model"),
+                                              (["--tongue", "no/such/folder"], "--tongue no/such/folder: smollm2, or the folder of"),
+                                              (["--tongue", "smollm2", "--seed", "-1"], "seed=-1: a whole number")])
+def test_the_verb_refuses_in_a_sentence(options, problem, tmp_path):
+    done = command("world", "--out", tmp_path / "w", *options)
+    assert done.returncode == 2 and problem in done.stderr and not (tmp_path / "w").exists()
+
+
 def small_tongue(folder):
     "The folder of a causal language model of random weights that speaks ChatML."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -248,3 +260,11 @@ def test_another_chat_is_refused(spoken, tmp_path):
     eye.tokenizer.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(SafeEraserError, match="speaks ChatML"): tongue_processor(tmp_path, eye)
+
+
+def test_the_committed_results_say_what_is_missing():
+    from pathlib import Path
+    from safeeraser.report import read_results
+    results = read_results(Path(__file__).parents[1] / "benchmarks/results/tongue.json")
+    assert [r["method"] for r in results["rows"]] + results["settings"]["still_to_come"] == ["base", "po", "po+pd"]
+    assert {r["seed"] for r in results["rows"]} == set(results["settings"]["seeds"])
