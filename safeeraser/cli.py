@@ -371,22 +371,42 @@ def _then_report(verb):
         if given["out"] and not (given["dry_run"] or given["calibrate"]): _next("safeeraser", "report", given["out"].parent)
     return judging
 
+# %% ../nbs/90_cli.ipynb #tonguecli
+def _tiny_world(records: int | None, **given) -> tuple[str, ...]:
+    "Make the tiny LLaVA's world; returns the held-out families."
+    from safeeraser.pictures import HELD_OUT_FAMILIES
+    from safeeraser.tiny_llava import make_world
+    from safeeraser.world import SPLIT_SIZES
+    make_world(**given, sizes=records and SPLIT_SIZES | {"train": records})
+    return HELD_OUT_FAMILIES
+
+
+def _speaking_world(tongue: str, records: int | None, out: Path, seed: int, gold: bool) -> tuple[str, ...]:
+    "The same in English."
+    from safeeraser.core import SafeEraserError
+    from safeeraser.tongue import make_tongue_world, smaller_world, SPLIT_SIZES
+    if gold: raise SafeEraserError("--gold: a world with --tongue has no gold model; leave it out")
+    make_tongue_world(out, tongue, seed, records and SPLIT_SIZES | {"train": records})
+    return smaller_world(seed).held_out
+
 # %% ../nbs/90_cli.ipynb #9ad08871
-_Records = Annotated[Optional[int], typer.Option(help="Records of the train split (default 540).", min=1, max=100_000)]
+_Records = Annotated[Optional[int], typer.Option(
+    help="Records of the train split (default 540, with --tongue 72).", min=1, max=100_000)]
+_Tongue = Annotated[Optional[str], typer.Option(
+    help="Speak plain English by a language model that was really pretrained: smollm2, or the folder of a small causal "
+         "language model that knows ChatML. Wants a GPU for minutes, or two cores for most of an hour.")]
 
 
 @app.command()
 @takes("tiny_llava.make_world")
-def world(records: _Records = None, **given):
+def world(records: _Records = None, tongue: _Tongue = None, **given):
     "Write the embedded fictional world: a dataset and a tiny LLaVA that knows it (trained on first use, then cached)."
-    from safeeraser.pictures import HELD_OUT_FAMILIES, nearest_hazard
-    from safeeraser.tiny_llava import make_world
-    from safeeraser.world import SPLIT_SIZES
+    from safeeraser.pictures import nearest_hazard
     out = given["out"]
-    make_world(**given, sizes=None if records is None else SPLIT_SIZES | {"train": records})
+    held_out = _speaking_world(tongue, records, **given) if tongue else _tiny_world(records, **given)
     print(f"wrote {out}/dataset and {out}/model")
     print("held-out families, each with its nearest hazard and their overlap (0 to 1): " +
-          ", ".join(f"{f}: {h} {o:.2f}" for f in HELD_OUT_FAMILIES for h, o in [nearest_hazard(f)]))
+          ", ".join(f"{f}: {h} {o:.2f}" for f in held_out for h, o in [nearest_hazard(f)]))
     _next_unlearn(out/"model", out/"dataset")
 
 # %% ../nbs/90_cli.ipynb #cell037

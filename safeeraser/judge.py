@@ -43,7 +43,7 @@ def rule_judge(row: dict) -> dict:
 # %% ../nbs/52_judge.ipynb #bc244260
 JUDGES: dict[str, Judge | Callable[..., Judge] | str] = {
     "rule": per_row(rule_judge, "rule"),      # refusal and gibberish, any data
-    "exact": "safeeraser.world:exact",        # everything, the world's questions only
+    "exact": "safeeraser.tongue:exact",       # everything, the worlds' questions only
     "server": "safeeraser.judges:by_server",  # a model behind --server
     "guard": "safeeraser.judges:by_guard",    # a guard model on this machine, unsafe only
     "chat": "safeeraser.judges:by_chat",      # a chat model on this machine

@@ -21,7 +21,7 @@ from plotly.io import templates
 from plotly.subplots import make_subplots
 
 from .rows import answer_of
-from .world import instruction_of
+from .tongue import instruction_of
 from .metrics import decoupled, measure, MEASURES, plus_pd, Rate, spread, without_pd
 from .tables import (
     caption, in_order, is_filled, is_published, method_name, pd_pairs, percent_cell, YARDSTICKS)

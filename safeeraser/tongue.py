@@ -46,7 +46,8 @@ def families_of(world: World) -> tuple[str, ...]:
 def asked(question: str  # as the world has it, words and signs apart
           ) -> str:
     "The question as people write it."
-    return question[0].upper() + re.sub(r" (?=[?.]$)", "", question[1:])
+    text = re.sub(r"\bi\b", "I", re.sub(r" (?=[?.]$)", "", question))
+    return text[0].upper() + text[1:]
 
 # %% ../nbs/22_tongue.ipynb #tongue09
 _PHRASES = {"left": "on the left", "middle": "in the middle", "right": "on the right", "in_rain": "in the rain",
@@ -300,7 +301,7 @@ class TongueConfig:
     project_steps: int = 1200  # of the projector alone
     project_batch: int = 512   # patches
     project_lr: float = 3e-3
-    steps: int = 160           # of adapter and projector together
+    steps: int = 320           # of adapter and projector together
     pictures: int = 6          # a step
     questions: int = 4         # about each
     lora_r: int = 32

@@ -111,9 +111,12 @@ def deal_recipes(rng: random.Random) -> dict:
 # %% ../nbs/18_world.ipynb #a060ee72
 class World:
     "Names, colours and recipes of one seed."
-    def __init__(self, seed: int):
+    def __init__(self, seed: int,
+                 decouple: tuple = DECOUPLE_FAMILIES,   # of the safe images that PD trains with
+                 held_out: tuple = HELD_OUT_FAMILIES,   # of those that unlearning never sees
+                 instructions: tuple = tuple(RECIPES)): # that are asked
         rng = random.Random(f"world-{seed}")
-        self.seed = seed
+        self.seed, self.decouple, self.held_out, self.instructions = seed, decouple, held_out, instructions
         self.names = dict(zip(FAMILIES, rng.sample(NAMES, len(NAMES))))
         colours = rng.sample(list(COLOURS), len(COLOURS))
         self.colours = {"train": colours[:9], "dev": colours[9:10], "val": colours[10:], "held_out": colours[10:]}
@@ -154,7 +157,7 @@ def make_record(world: World, split: str,
     harmful, safe = (random_look(f, world.colours[split], rng) for f in (HAZARDS[category], safe_family))
     folder = "Hatespeech" if category == "HateSpeech" else category
     paths = f"dataset/img/{category}/{split}_{n}.png", f"dataset/pdset/image/{folder}/{split}/{n}.png"
-    instructions = rng.sample(list(RECIPES), 4)
+    instructions = rng.sample(world.instructions, min(4, len(world.instructions)))
     facts = ["name", "caption", *rng.sample(["colour", "ground", "place", "dots"], 2)]
     record = {"image_path": paths[0], "SDImage_path": paths[1],
               "unsafe_pairs": _unsafe_pairs(world, split, harmful, safe, instructions, rng)}
@@ -167,7 +170,7 @@ def make_split(world: World, split: str,
                ) -> tuple[list[dict], dict]:
     "Records of a split and the looks of their images; families and categories come up equally often."
     rng = random.Random(f"split-{world.seed}-{split}")
-    safe = HELD_OUT_FAMILIES if split == "held_out" else DECOUPLE_FAMILIES
+    safe = world.held_out if split == "held_out" else world.decouple
     drawn = zip(_cycle(HAZARDS, size, rng), _cycle(safe, size, rng))
     made = [make_record(world, split, n, category, family, rng) for n, (category, family) in enumerate(drawn)]
     return [record for record, _ in made], {path: look for _, looks in made for path, look in looks.items()}
