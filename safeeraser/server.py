@@ -403,7 +403,7 @@ def _listed(server: Server) -> str:
 def urls_of(servers: str  # one URL, or several joined by commas
             ) -> list[str]:
     "The URLs, checked; raises `SafeEraserError` where one is no server's, or is there twice."
-    urls = [url.strip() for url in servers.split(",")]
+    urls = [url.strip(" ") for url in servers.split(",")]
     for url in urls:
         check_url(url)
         if urls.count(url) > 1: raise SafeEraserError(f"--server: {url} is named twice; name each server once")

@@ -232,11 +232,14 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path, monkeypatch):
 
     import safeeraser.generate as g
     whole, out, written = generate(tiny.model, tiny.data, tmp_path / "whole.jsonl", progress=False).read_bytes(), tmp_path / "r.jsonl", []
-    plain = g.append
+    plain, open_file = g.append, type(out).open
+    def no_room(file, mode="r", *args, **more):
+        if "r" not in mode: raise OSError(28, os.strerror(28))
+        return open_file(file, mode, *args, **more)
     def full(file, new):
         if len(written) == 2:
             plain(file, new[:25])
-            monkeypatch.setattr(type(file), "open", lambda *a, **k: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+            monkeypatch.setattr(type(file), "open", no_room)
         written.append(1)
         plain(file, new)
     with monkeypatch.context() as patch:
