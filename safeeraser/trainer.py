@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 import transformers.trainer
 from fastcore.basics import patch
-from safetensors.torch import load_file
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ConfigDict, TypeAdapter
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from typing_extensions import TypedDict

@@ -28,6 +28,7 @@ def wait_for(condition, seconds=120):
         time.sleep(.05)
 
 
+@pytest.mark.slow
 def test_interrupted_unlearning_goes_on(tiny, tmp_path):
     settings = [x for k, v in {**SMALL, "max_steps": 400, "save_strategy": "no", "learning_rate": 1e-3, "lora_dropout": .1}.items() for x in ("--set", f"{k}={json.dumps(v)}")]
     args = ("unlearn", "--model", tiny.model, "--data", tiny.data, "--method", "ga+pd", "--out", tmp_path / "run", "--seed", 5, *settings)

@@ -233,6 +233,7 @@ if trainer.is_world_process_zero(): torch.save(seen.steps, out / "gradients.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_perturb_as_one_does(tiny, tmp_path, run_python):
     script, found = tmp_path / "ranks.py", []
     script.write_text(RANKS.format(tests=str(Path(__file__).parent)))

@@ -134,6 +134,7 @@ def test_a_judge_that_is_gone_ends_the_command_and_keeps_what_it_said(server, tm
     assert len(server.seen) - asked < len(KNOWN) + len(calls_of(rows(), server_judge(client(server), progress=False)))
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_server_said(server, tmp_path):
     write_rows(tmp_path / "r.jsonl", rows(4))
     server.misbehave = lambda handler, n: handler.reply(404, b'{"error": {"message": "no model of that name"}}')

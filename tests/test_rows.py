@@ -72,6 +72,7 @@ def test_an_image_with_harmless_questions_only_trains_packed(editable, tiny, tmp
     assert record["finished"] and record["packing"]["images_grouped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_are_made_in_processes_that_were_started_afresh(packed, tiny):
     "Where a system has no fork, a process is sent all it needs."

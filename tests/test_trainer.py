@@ -185,6 +185,7 @@ if trainer.is_world_process_zero(): torch.save(seen.steps, out / "ddp.pt")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gd+pd", "kl+pd"])
 def test_two_processes_give_one_process_gradients(method, tiny, tmp_path, run_python):
     script = tmp_path / "two.py"
