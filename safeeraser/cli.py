@@ -499,6 +499,7 @@ def _next_of_plan(plan, typed: list[str], tuning: str):
 # %% ../nbs/90_cli.ipynb #plan0011
 @app.command()
 @takes("plan.plan", only="model data gpu gpus method seed measured", model={"default": None, "type": str}, gpus={"min": 1},
+       gpu={"also": ": H200-141, H100-80, A100-80, A100-40, L40S-48, 4090-24 or 3090-24"},
        data={"default": None}, method={"default": None, "also": " (default: po+pd)"})
 def plan(preset: _Preset = None, config: _Config = None, set: _Set = None,
          as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False, **given):
