@@ -165,8 +165,9 @@ def fold_projector(adapted,
                    whole: dict[str, torch.Tensor] | None = None  # all of its weights, where ranks hold parts; folded too
                    ):
     "The same model with the projector's W + sin(dW) as plain weights."
+    own = set(_inside(_trained_projectors(adapted)))  # the wrapper around them answers to the same names
     for path, module in adapted.named_modules():
-        if not is_parametrized(module): continue
+        if module not in own or not is_parametrized(module): continue
         for name, (sine, *_) in list(module.parametrizations.items()):
             if whole is not None:
                 delta = whole.pop(f"{path}.parametrizations.{name}.original")

@@ -558,7 +558,9 @@ def test_an_official_size_folder_is_checked_in_under_a_minute(official_size):
 
 
 TRAIN = """
+import safeeraser.encoder
 from safeeraser.trainer import unlearn
+safeeraser.encoder.PICTURE_BYTES = 0
 unlearn(sys.argv[1], sys.argv[2], sys.argv[3], "gd+pd", progress=False, num_train_epochs=1, lora_r=4, use_cpu=True, save_strategy="no",
         per_device_train_batch_size=20, gradient_accumulation_steps=1, vision_cache_gib=0)
 print(memory("VmHWM"))

@@ -75,7 +75,7 @@ def small_passes(tokens: int) -> list[int]:
         step = collate(self, slots)
         made.append(len(step["passes"]))
         return step
-    packed.passes, packed.PackedCollator.__call__ = lambda rows: passes(rows, tokens), counted
+    packed.passes, packed.PackedCollator.__call__ = lambda rows, *_: passes(rows, tokens), counted
     return made
 
 
