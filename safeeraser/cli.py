@@ -66,18 +66,13 @@ class _Inline:
         except Exception as e: future.set_exception(e)
         return future
 
-# %% ../nbs/90_cli.ipynb #f30e190b
-def _cores() -> int:
-    "Cores that this process may use; not every system tells."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 # %% ../nbs/90_cli.ipynb #cell014
 def _executor(workers: int | None):
     "Processes with one thread each; on a GPU, or with one worker, this process."
     import multiprocessing, torch
     from concurrent.futures import ProcessPoolExecutor
-    if not workers: workers = 1 if torch.cuda.is_available() else _cores()
+    from safeeraser.core import cores
+    if not workers: workers = 1 if torch.cuda.is_available() else cores()
     if workers == 1: return _Inline()
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SafeEraserError', 'Place', 'first_line', 'did_you_mean', 'told', 'out_of_memory', 'time_limit', 'read_text',
            'lines_of', 'well_formed', 'check_form', 'parse_json', 'read_json', 'plain_file', 'write_whole',
-           'write_json', 'Busy', 'only_here', 'new_folder', 'progress_bar', 'quiet_bars', 'cpu_threads',
+           'write_json', 'Busy', 'only_here', 'new_folder', 'progress_bar', 'quiet_bars', 'cores', 'cpu_threads',
            'keep_freed_memory', 'environment', 'other_environment']
 
 # %% ../nbs/00_core.ipynb #6feeebc3
@@ -295,6 +295,12 @@ def quiet_bars():
 
 # %% ../nbs/00_core.ipynb #dsquiet1
 if not torch.backends.cuda.is_built(): os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and say so
+
+# %% ../nbs/00_core.ipynb #cores001
+def cores() -> int:
+    "Cores that this process may use; not every system tells."
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 # %% ../nbs/00_core.ipynb #cell037
 @contextmanager

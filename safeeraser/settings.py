@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from typing_extensions import TypedDict
 
-from .core import check_form, did_you_mean, read_text, SafeEraserError, told
+from .core import check_form, cores, did_you_mean, read_text, SafeEraserError, told
 from .data import NonEmpty
 from .ranks import engine_conflicts
 from .packed import ROUTES
@@ -70,8 +70,7 @@ class MemorySettings:
 # %% ../nbs/35_settings.ipynb #35a0c002
 def spare_cores(most: int = 4) -> int:
     "Cores of this machine for each process that trains on it."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
+    return min(most, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
 
 # %% ../nbs/35_settings.ipynb #machine01
 @dataclass

@@ -10,7 +10,7 @@ __all__ = ['ANSWERS', 'REFUSALS', 'LONGEST', 'exact', 'SPLIT_SIZES', 'SETTINGS',
            'tongue_model', 'make_tongue_world']
 
 # %% ../nbs/22_tongue.ipynb #tongue03
-import hashlib, json, platform, random, re, time
+import hashlib, random, re, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .world import (
     answer_pattern, exact as world_exact, FACTS, HARMLESS, instruction_of as world_instruction, INSTRUCTIONS, NAMES,
     RECIPES, SLOTS, World, write_dataset as write_world)
 from .tiny_llava import (
-    answer_loss, BaseConfig, build_model, cache_dir, cached_folder, fill_world, lesson, one_cycle, step_down,
+    answer_loss, BaseConfig, build_model, cache_dir, cached_folder, config_digest, fill_world, lesson, one_cycle, step_down,
     TextBatcher, tower_folder, world_finished)
 from .model import add_adapter, merge_adapter, pick_device
 
@@ -311,8 +311,7 @@ class TongueConfig:
     @property
     def key(self) -> str:
         "Name in the cache."
-        text = json.dumps(asdict(self) | {"torch": torch.__version__, "cpu": platform.machine()}, sort_keys=True)
-        return f"tongue-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"tongue-{self.seed}-{config_digest(self)}"
 
 # %% ../nbs/22_tongue.ipynb #tongue49
 def see_pictures(cfg: TongueConfig, world: World, model, processor) -> tuple[list[Look], torch.Tensor]:
